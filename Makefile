@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+# What `make demo` runs; more steps train longer, another name keeps the runs apart.
+EXPERIMENT := +experiment=emoji
+
+.PHONY: demo test lint clean
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(PY) -m trainer.pack $(EXPERIMENT)
+	$(PY) -m trainer.precompute $(EXPERIMENT)
+	$(PY) -m trainer $(EXPERIMENT)
+	$(PY) -m trainer.evaluate $(EXPERIMENT)
+	$(PY) -m trainer.report runs/emoji/demo
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+clean:
+	rm -rf $(VENV) build *.egg-info
