@@ -1,0 +1,1 @@
+"""Bytes in, batches out: shards, manifests, the lane plan and the streams."""

@@ -1,0 +1,202 @@
+"""Decoders: faithful on sound members, one kind of error on all others, and nothing executed."""
+
+import io
+import json
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image
+
+from data import codecs
+from data.codecs import (
+    BadSampleError,
+    decode_image,
+    decode_json,
+    decode_npy,
+    decode_text,
+    encode_npy,
+    encode_png,
+)
+from data.transforms import crop_box, square
+
+
+def encoded(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_png_round_trips_exactly_and_jpeg_and_webp_decode():
+    image = noise(9, 5)
+    np.testing.assert_array_equal(decode_image(encode_png(image)), image)
+    assert encode_png(image) == encode_png(image.copy())
+    for image_format in ("JPEG", "WEBP"):
+        assert decode_image(encoded(image, image_format)).size == (9, 5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_becomes_white(mode):
+    image = Image.new(mode, (2, 2), 0)
+    assert decode_image(encoded(image, "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_transparent_palette_becomes_white():
+    image = Image.new("P", (2, 2), 0)
+    image.putpalette([10, 20, 30])
+    payload = encoded(image, "PNG", transparency=0)
+    assert decode_image(payload).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_images_come_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(noise(8, 4), "JPEG", exif=exif)).size == (4, 8)
+
+
+def test_other_formats_are_refused():
+    for image_format in ("GIF", "BMP", "TIFF", "PPM"):
+        with pytest.raises(BadSampleError):
+            decode_image(encoded(noise(4, 4), image_format))
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_picture_over_the_pixel_cap_is_refused_before_it_is_decoded():
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = struct.pack(">IIBBBBB", 2**14, 2**13, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+    with pytest.raises(BadSampleError, match="16384x8192"):
+        decode_image(bomb)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_a_damaged_image_is_a_bad_sample_and_nothing_worse(data):
+    payload = bytearray(encoded(noise(12, 12), data.draw(st.sampled_from(["PNG", "JPEG", "WEBP"]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        image = decode_image(bytes(payload[: data.draw(st.integers(0, len(payload)))]))
+    except BadSampleError:
+        return
+    assert image.mode == "RGB"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float16, np.float32, np.int64, np.uint8]),
+        hnp.array_shapes(min_dims=0, max_dims=4, max_side=5),
+    )
+)
+def test_arrays_round_trip_and_are_not_copied(array):
+    payload = encode_npy(array)
+    decoded = decode_npy(payload)
+    np.testing.assert_array_equal(decoded, array)
+    assert decoded.dtype == array.dtype
+    assert not decoded.flags.owndata
+
+
+class Payload:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_arrays_with_python_objects_are_refused_without_being_unpickled():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Payload()], object), allow_pickle=True)
+    for payload in (buffer.getvalue(), pickle.dumps(Payload())):
+        with pytest.raises(BadSampleError):
+            decode_npy(payload)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_damaged_arrays_are_bad_samples_and_nothing_worse(data):
+    payload = bytearray(encode_npy(np.zeros((2, 3), np.float16)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        array = decode_npy(bytes(payload[: data.draw(st.integers(0, len(payload)))]))
+    except BadSampleError:
+        return
+    assert array.nbytes <= len(payload)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f2', 'fortran_order': True, 'shape': (2, 3)}",
+        "{'descr': '<f2', 'fortran_order': False, 'shape': (-2, -3)}",
+        "{'descr': '<f2', 'fortran_order': False, 'shape': (99999999, 99999999)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (2, 3)}",
+        "__import__('os').abort()",
+    ],
+)
+def test_hostile_array_headers_are_refused(header):
+    text = header.encode().ljust(117) + b"\n"
+    payload = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(12)
+    with pytest.raises(BadSampleError):
+        decode_npy(payload)
+
+
+def test_an_array_over_the_size_cap_is_refused(monkeypatch):
+    monkeypatch.setattr(codecs, "MAX_ARRAY_BYTES", 100)
+    with pytest.raises(BadSampleError, match="over 100"):
+        decode_npy(encode_npy(np.zeros(1)))
+
+
+def test_text():
+    assert decode_text(" a café \n".encode()) == "a café"
+    with pytest.raises(BadSampleError, match="UTF-8"):
+        decode_text(b"\xff")
+    with pytest.raises(BadSampleError, match="over 65536"):
+        decode_text(b"a" * 65537)
+
+
+def test_json():
+    assert decode_json(b'{"width": 3, "tags": ["a"]}') == {"width": 3, "tags": ["a"]}
+    nested = {"leaf": 1}
+    for _ in range(codecs.MAX_JSON_DEPTH):
+        nested = {"next": nested}
+    hostile = [
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b"9" * 10_000,
+        json.dumps(nested).encode(),
+        b'"' + b"a" * codecs.MAX_JSON_BYTES + b'"',
+    ]
+    for payload in hostile:
+        with pytest.raises(BadSampleError):
+            decode_json(payload)
+    assert decode_json(json.dumps(nested["next"]).encode()) == nested["next"]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_the_crop_is_the_largest_centred_square(width, height):
+    left, top, right, bottom = crop_box(width, height)
+    assert right - left == bottom - top == min(width, height)
+    assert (left, top) == (width - right, height - bottom)
+
+
+def test_square_keeps_an_image_of_that_size_and_resizes_others_as_pillow_does():
+    image = noise(12, 12)
+    np.testing.assert_array_equal(square(image, 12), image)
+    wide = noise(40, 24)
+    expected = wide.resize((20, 12), Image.Resampling.BICUBIC).crop((4, 0, 16, 12))
+    np.testing.assert_array_equal(square(wide, 12), expected)

@@ -1,0 +1,206 @@
+"""Raw data: every image with its caption once, in a fixed order, and a reason for each left out."""
+
+import json
+from pathlib import Path
+
+import emoji
+import numpy as np
+import pytest
+
+from data import emoji_names
+from data.config import SourceConfig, SourceKind
+from data.manifest import Rejected
+from data.sources import ImageFolder, OpenMoji, RawSample, hash_share, list_tars_of, open_source
+from tests.unit.data.conftest import data_config, pixels_of, png
+
+
+def folder_source(folder: Path) -> ImageFolder:
+    source = open_source(data_config(folder, source=SourceConfig(path=str(folder))))
+    assert isinstance(source, ImageFolder)
+    return source
+
+
+def read(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Captions and reasons by name."""
+    source = folder_source(folder)
+    items = list(source)
+    assert len(items) == len(source)
+    captions = {item.name: item.caption for item in items if isinstance(item, RawSample)}
+    reasons = {item.key: item.reason for item in items if isinstance(item, Rejected)}
+    assert list(captions) == sorted(captions)
+    return captions, reasons
+
+
+def test_a_folder_with_captions_beside_the_images(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for number, name in enumerate(["b.png", "a.PNG", "deep/c.png"]):
+        (tmp_path / name).write_bytes(png(number))
+        (tmp_path / name).with_suffix(".txt").write_text(f" caption {number}\n")
+    (tmp_path / "lonely.png").write_bytes(png(3))
+    (tmp_path / "broken.png").write_bytes(png(4)[:60])
+    (tmp_path / "broken.txt").write_text("broken")
+    (tmp_path / "latin.png").write_bytes(png(5))
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "gone.txt").write_text("gone")
+    captions, reasons = read(tmp_path)
+    assert captions == {"a.PNG": "caption 1", "b.png": "caption 0", "deep/c.png": "caption 2"}
+    assert reasons.keys() == {"lonely.png", "broken.png", "latin.png", "gone.png"}
+    assert reasons["lonely.png"] == "no caption"
+    assert "cannot be decoded" in reasons["broken.png"]
+    assert reasons["latin.png"] == "text is not UTF-8"
+    assert "cannot be read" in reasons["gone.png"]
+
+
+def test_a_raw_sample_keeps_the_original_bytes(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0, size=9))
+    (tmp_path / "a.txt").write_text("x")
+    (sample,) = folder_source(tmp_path)
+    assert isinstance(sample, RawSample)
+    assert (sample.image, sample.extension) == (png(0, size=9), "png")
+    assert (sample.width, sample.height, sample.group) == (9, 9, "a.png")
+
+
+@pytest.mark.parametrize("table", ["captions.csv", "metadata.jsonl"])
+def test_a_folder_with_a_table(tmp_path, table):
+    for number, name in enumerate(["a.png", "b.png", "c.png"]):
+        (tmp_path / name).write_bytes(png(number))
+    (tmp_path / "c.txt").write_text("beside")
+    rows = [("a.png", 'a "quoted", café'), ("b.png", ""), ("missing.png", "x")]
+    if table == "captions.csv":
+        lines = [
+            "file_name,text",
+            *(f'{name},"{text.replace(chr(34), chr(34) * 2)}"' for name, text in rows),
+        ]
+    else:
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (tmp_path / table).write_text("\n".join(lines) + "\n", "utf-8")
+    captions, reasons = read(tmp_path)
+    assert captions == {"a.png": 'a "quoted", café', "c.png": "beside"}
+    assert reasons == {"b.png": "no caption", "missing.png": "captioned, but no such image"}
+
+
+@pytest.mark.parametrize(
+    ("table", "text", "message"),
+    [
+        ("captions.csv", "image;caption\na.png;x\n", "columns file_name, text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file": 1}\n', "line 2"),
+        ("metadata.jsonl", "[]\n", "line 1"),
+        ("metadata.jsonl", "[" * 100_000 + "\n", "line 1"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(tmp_path, table, text, message):
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / table).write_text(text)
+    with pytest.raises(ValueError, match=rf"{table}.*{message}"):
+        folder_source(tmp_path)
+
+
+def test_a_folder_that_is_missing_or_empty_is_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(FileNotFoundError, match=r"data\.source\.path: no"):
+            folder_source(folder)
+    with pytest.raises(FileNotFoundError, match=r"data\.source\.path"):
+        open_source(data_config(tmp_path))
+
+
+def test_the_fingerprint_of_a_folder_follows_its_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    prints = [folder_source(tmp_path).fingerprint() for _ in range(2)]
+    (tmp_path / "a.txt").write_text("x")
+    prints.append(folder_source(tmp_path).fingerprint())
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_tars_are_found_by_folder_braces_and_list(tmp_path, monkeypatch):
+    for name in ("b/1.tar", "b/0.tar", "c/2.tar", "c/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    root = str(tmp_path)
+    assert list_tars_of(f"{root}/b") == (f"{root}/b", ["0.tar", "1.tar"])
+    assert list_tars_of(f"{root}/b/{{0..1}}.tar") == (f"{root}/b", ["0.tar", "1.tar"])
+    assert list_tars_of(f"{root}/c::{root}/b/1.tar") == (root, ["c/2.tar", "b/1.tar"])
+    assert list_tars_of(f"file://{root}/b/0.tar") == (f"{root}/b", ["0.tar"])
+    assert list_tars_of("s3://bucket/x/{00..01}.tar") == ("s3://bucket/x", ["00.tar", "01.tar"])
+    monkeypatch.chdir(tmp_path)
+    assert list_tars_of("b") == (f"{root}/b", ["0.tar", "1.tar"])
+    for nothing in ("", root):
+        with pytest.raises(FileNotFoundError, match=r"data\.source\.path"):
+            list_tars_of(nothing)
+
+
+def codes(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+@pytest.mark.parametrize(
+    ("shortcode", "caption", "concept"),
+    [
+        (":woman_firefighter:", "woman firefighter", "firefighter"),
+        (":man_firefighter:", "man firefighter", "firefighter"),
+        (":firefighter:", "firefighter", "firefighter"),
+        (
+            ":woman_firefighter_medium-dark_skin_tone:",
+            "woman firefighter, medium-dark skin tone",
+            "firefighter",
+        ),
+        (
+            ":men_holding_hands_light_skin_tone_dark_skin_tone:",
+            "men holding hands, light and dark skin tones",
+            "holding hands",
+        ),
+        (":man_light_skin_tone_red_hair:", "man with red hair, light skin tone", "red hair"),
+        (":woman_beard:", "woman with a beard", "beard"),
+        (":kiss_woman_man:", "kiss, woman and man", "kiss"),
+        (":family_man_woman_girl_boy:", "family, man, woman, girl and boy", "family"),
+        (":man_running_facing_right:", "man running facing right", "running"),
+        (":mermaid:", "mermaid", "merperson"),
+        (":woman:", "woman", "person"),
+        (":France:", "flag of France", "flag of France"),
+        (":Scotland:", "flag of Scotland", "flag of Scotland"),
+        (":fork_and_knife:", "fork and knife", "fork knife"),
+    ],
+)
+def test_emoji_are_named_in_plain_english(shortcode, caption, concept):
+    characters = codes(emoji.emojize(shortcode))
+    name = emoji_names.plain_name(characters)
+    assert emoji_names.describe(characters) == caption
+    assert name is not None
+    assert emoji_names.concept(name) == concept
+
+
+def test_code_points_without_a_name_have_none():
+    for text in ("A", "\ue000", "\U0001f1e6", "🐶🐱"):
+        assert emoji_names.plain_name(codes(text)) is None
+        assert emoji_names.describe(codes(text)) is None
+
+
+def test_openmoji(tmp_path):
+    source = OpenMoji(
+        data_config(
+            tmp_path,
+            image_size=32,
+            source=SourceConfig(kind=SourceKind.openmoji, skin_tone_share=0.1),
+        )
+    )
+    everything = OpenMoji(
+        data_config(tmp_path, image_size=32, source=SourceConfig(kind=SourceKind.openmoji))
+    )
+    assert 0.5 < len(source) / len(everything) < 0.65
+    assert source.fingerprint() != everything.fingerprint()
+    assert "CC BY-SA 4.0" in source.licence
+    first = [item for item, _ in zip(source, range(60), strict=False)]
+    rejected = [item for item in first if isinstance(item, Rejected)]
+    samples = [item for item in first if isinstance(item, RawSample)]
+    assert {item.reason for item in rejected} == {"code points without a name"}
+    assert samples[0].caption == "keycap #"
+    pixels = pixels_of(samples[0].image)
+    assert pixels.shape == (32, 32, 3)
+    assert np.all(pixels[0, 0] == 255)
+    assert pixels.min() < 50
+
+
+def test_hash_shares_are_uniform_and_fixed():
+    shares = [hash_share(str(number)) for number in range(4000)]
+    assert abs(np.mean(np.array(shares) < 0.1) - 0.1) < 0.02
+    assert hash_share("cat") == pytest.approx(0.46752116347640477)

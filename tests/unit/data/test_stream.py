@@ -1,0 +1,389 @@
+"""Streams: the plan's samples with the shards' values, whatever the ranks, workers and faults."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from data.codecs import encode_npy
+from data.config import DataConfig
+from data.cursor import Cursor
+from data.manifest import Kind, Manifest, ManifestError
+from data.reader import ShardReader
+from data.stream import Batch, ImageStream, LatentStream, Stream
+from data.writer import ShardSetWriter
+from tests.unit.data.conftest import moments, pixels_of, png
+
+GLOBAL_BATCH = 8
+
+
+def images(config: DataConfig, *, rank=0, world=1, micro_batch=2, **options) -> ImageStream:
+    return ImageStream(
+        config.train,
+        config,
+        seed=3,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=micro_batch,
+        rank=rank,
+        world=world,
+        **options,
+    )
+
+
+def latents(config: DataConfig, *, rank=0, world=1, micro_batch=2, **options) -> LatentStream:
+    return LatentStream(
+        config.latents,
+        config,
+        seed=3,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=micro_batch,
+        rank=rank,
+        world=world,
+        **options,
+    )
+
+
+def take(stream: Stream, steps: int, start: int = 0) -> list[Batch]:
+    """Whole steps, each as one batch."""
+    iterator = stream.steps(start)
+    batches = [joined(step) for step in islice(iterator, steps)]
+    iterator.close()
+    return batches
+
+
+def joined(parts: list[Batch]) -> Batch:
+    return Batch(
+        epoch=np.concatenate([part.epoch for part in parts]),
+        index=np.concatenate([part.index for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        captions=[caption for part in parts for caption in part.captions],
+        arrays={name: torch.cat([part.arrays[name] for part in parts]) for name in parts[0].arrays},
+    )
+
+
+def assert_same(batch: Batch, other: Batch) -> None:
+    np.testing.assert_array_equal(batch.epoch, other.epoch)
+    np.testing.assert_array_equal(batch.index, other.index)
+    assert (batch.keys, batch.captions) == (other.keys, other.captions)
+    assert batch.arrays.keys() == other.arrays.keys()
+    for name, array in batch.arrays.items():
+        assert torch.equal(array, other.arrays[name])
+
+
+def expected_image(number: int) -> torch.Tensor:
+    pixels = torch.from_numpy(pixels_of(png(number)).copy()).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+def damage(folder: str, number: int, extension: str) -> None:
+    """Change one byte of a sample's member on disk."""
+    manifest = Manifest.load(folder, option="data.train")
+    (stored,) = ShardReader(folder, manifest).find(np.array([number]))
+    path = Path(folder) / stored.shard.name
+    payload = bytearray(path.read_bytes())
+    offset = int(stored.shard.members[extension]["offset"][stored.row])
+    payload[offset + 3] ^= 1
+    path.write_bytes(payload)
+
+
+def test_images_are_those_of_the_plan(image_set):
+    stream = images(image_set())
+    for step, batch in enumerate(take(stream, 6)):
+        epoch, index = stream.plan.step(step)
+        np.testing.assert_array_equal(batch.epoch, epoch)
+        np.testing.assert_array_equal(batch.index, index)
+        assert batch.keys == [f"{number:09d}" for number in index]
+        assert batch.captions == [f"caption {number}" for number in index]
+        assert torch.equal(batch.arrays["images"], torch.stack([*map(expected_image, index)]))
+    assert stream.num_samples == 20
+
+
+def test_latents_are_those_of_the_plan(latent_set):
+    stream = latents(latent_set(text=True, store_text=True))
+    for step, batch in enumerate(take(stream, 6)):
+        index = stream.plan.step(step)[1]
+        expected = np.stack([moments(number) for number in index]).astype(np.float32)
+        np.testing.assert_array_equal(batch.arrays["moments"].numpy(), expected)
+        assert batch.arrays["text"][:, 0, 0].tolist() == index.tolist()
+        assert batch.arrays["text"].shape == (GLOBAL_BATCH, 3, 5)
+        assert batch.arrays["text"].dtype == torch.float32
+    assert "text" not in latents(latent_set(text=True)).read(np.arange(2)).arrays
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_steps_of_one(latent_set, world):
+    config = latent_set()
+    alone = take(latents(config), 5)
+    ranks = [
+        take(latents(config, rank=rank, world=world, micro_batch=1), 5) for rank in range(world)
+    ]
+    for parts, whole in zip(zip(*ranks, strict=True), alone, strict=True):
+        assert_same(joined(list(parts)), whole)
+
+
+def test_a_step_has_the_micro_batches_of_its_rank(latent_set):
+    stream = latents(latent_set(), rank=1, world=2, micro_batch=2)
+    assert [len(batch.keys) for batch in next(stream.steps(0))] == [2, 2]
+
+
+def test_a_stream_resumes_at_any_step(latent_set):
+    config = latent_set()
+    whole = take(latents(config), 8)
+    for start in range(8):
+        assert_same(take(latents(config), 1, start)[0], whole[start])
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_workers_and_read_ahead_change_nothing(image_set, prefetch):
+    config = image_set(prefetch=prefetch)
+    alone = take(images(config), 4, 2)
+    config.workers = 2
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for batch, expected in zip(take(images(config), 4, 2), alone, strict=True):
+        assert_same(batch, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_runs_on_after_a_stream_is_closed(image_set):
+    threads = threading.active_count()
+    take(images(image_set()), 2)
+    assert threading.active_count() == threads
+    take(images(image_set(workers=2)), 2)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_killed_worker_is_an_error_and_not_a_gap(image_set):
+    iterator = images(image_set(workers=1, prefetch=1)).steps(0)
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed"):
+        list(islice(iterator, 10))
+
+
+def by_sample(epoch, index):
+    return (epoch + index) % 2 == 1
+
+
+def test_flips_follow_the_sample_and_mirror_images(image_set):
+    config = image_set()
+    plain = take(images(config), 6)
+    flipped = take(images(config, flips=by_sample), 6)
+    seen = set()
+    for batch, expected in zip(flipped, plain, strict=True):
+        for row, flip in enumerate(by_sample(batch.epoch, batch.index)):
+            image = expected.arrays["images"][row]
+            assert torch.equal(batch.arrays["images"][row], image.flip(-1) if flip else image)
+            seen.add((int(batch.index[row]), bool(flip)))
+    assert {(number, flip) for number, flip in seen if number == 4} == {(4, False), (4, True)}
+
+
+def test_flips_choose_the_mirrored_latents(latent_set):
+    stream = latents(latent_set(flip=True), flips=by_sample)
+    for batch in take(stream, 6):
+        flips = by_sample(batch.epoch, batch.index)
+        numbers = np.where(flips, 1000 + batch.index, batch.index)
+        expected = np.stack([moments(number) for number in numbers]).astype(np.float32)
+        np.testing.assert_array_equal(batch.arrays["moments"].numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("extension", ["png", "txt"])
+def test_a_damaged_sample_is_replaced_and_no_other_moves(image_set, workers, extension):
+    config = image_set(max_rejected_share=0.05, workers=workers)
+    sound = take(images(config), 6)
+    damage(config.train, 4, extension)
+    stream = images(config)
+    for step, (batch, expected) in enumerate(zip(take(stream, 6), sound, strict=True)):
+        np.testing.assert_array_equal(batch.index, expected.index)
+        for row, number in enumerate(batch.index):
+            if number == 4:
+                substitute = next(stream.plan.substitutes(step, row))
+                assert batch.keys[row] == f"{substitute:09d}"
+                assert torch.equal(batch.arrays["images"][row], expected_image(substitute))
+            else:
+                assert batch.keys[row] == expected.keys[row]
+                assert torch.equal(batch.arrays["images"][row], expected.arrays["images"][row])
+    (rejected,) = stream.rejected
+    assert (rejected.shard, rejected.key) == ("000000.tar", "000000004")
+    assert rejected.reason == f"the checksum of .{extension} does not match"
+
+
+def test_every_number_of_ranks_takes_the_same_substitute(latent_set):
+    config = latent_set(max_rejected_share=0.1)
+    damage(config.latents, 4, "moments.npy")
+    damage(config.latents, 5, "moments.npy")
+    alone = take(latents(config), 5)
+    ranks = [take(latents(config, rank=rank, world=4, micro_batch=1), 5) for rank in range(4)]
+    for parts, whole in zip(zip(*ranks, strict=True), alone, strict=True):
+        assert_same(joined(list(parts)), whole)
+        assert {"000000004", "000000005"}.isdisjoint(whole.keys)
+
+
+def test_too_many_damaged_samples_stop_the_run(image_set):
+    config = image_set(max_rejected_share=0.05)
+    damage(config.train, 4, "png")
+    damage(config.train, 15, "png")
+    with pytest.raises(ValueError, match=r"data.max_rejected_share: 2 of 20 samples of data.train"):
+        take(images(config), 6)
+
+
+def test_reading_by_number_leaves_damaged_samples_out(image_set):
+    config = image_set(max_rejected_share=0.05)
+    damage(config.train, 4, "png")
+    stream = images(config)
+    batch = stream.read(np.array([3, 4, 5]))
+    assert batch.index.tolist() == [3, 5]
+    assert batch.captions == ["caption 3", "caption 5"]
+    assert torch.equal(batch.arrays["images"][1], expected_image(5))
+    assert [item.key for item in stream.rejected] == ["000000004"]
+    with pytest.raises(ValueError, match=r"data\.train: none of the 1 samples"):
+        stream.read(np.array([4]))
+    assert len(stream.rejected) == 1
+
+
+@pytest.mark.parametrize("index", [[-1], [20], [0, 99]])
+def test_numbers_outside_the_set_are_an_error(image_set, index):
+    with pytest.raises(IndexError, match="of 20"):
+        images(image_set()).read(np.array(index))
+
+
+def test_a_set_whose_samples_carry_classes(tmp_path, image_set):
+    config = image_set()
+    shutil.rmtree(config.train)
+    with ShardSetWriter(Path(config.train), Kind.images, 5) as writer:
+        writer.write({"jpg": png(1), "cls": b"7\n"})
+    Manifest(kind=Kind.images, shards=writer.shards).save(Path(config.train))
+    assert images(config).read(np.array([0])).captions == ["7"]
+
+
+def test_a_missing_shard_is_named(image_set):
+    config = image_set()
+    (Path(config.train) / "000001.tar").unlink()
+    with pytest.raises(ManifestError, match=r"000001\.tar: the manifest in .* lists this shard"):
+        take(images(config), 6)
+
+
+@pytest.mark.parametrize("lost_bytes", [1, 512, 5000])
+def test_a_shard_that_was_cut_off_is_named(image_set, lost_bytes):
+    config = image_set()
+    shard = Path(config.train) / "000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-lost_bytes])
+    with pytest.raises(ManifestError, match=r"000001\.tar has \d+ bytes, but the manifest"):
+        take(images(config), 6)
+
+
+def test_a_changed_index_is_named(image_set):
+    config = image_set()
+    index = Path(config.train) / "000001.tar.index.npy"
+    payload = bytearray(index.read_bytes())
+    payload[-1] ^= 1
+    index.write_bytes(payload)
+    with pytest.raises(ManifestError, match=r"000001\.tar\.index\.npy is not the index"):
+        take(images(config), 6)
+
+
+def test_a_remote_set_reads_as_the_local_one(image_set, tmp_path):
+    config = image_set()
+    local = images(config).read(np.arange(20))
+    store, root = fsspec.core.url_to_fs(f"memory://{tmp_path.name}/remote")
+    for file in Path(config.train).iterdir():
+        store.pipe_file(f"{root}/{file.name}", file.read_bytes())
+    config.train = f"memory://{tmp_path.name}/remote"
+    assert_same(images(config).read(np.arange(20)), local)
+    shard = f"{root}/000000.tar"
+    store.pipe_file(shard, bytes(store.size(shard)))
+    with pytest.raises(ManifestError, match="is not the shard of the manifest"):
+        images(config).read(np.arange(20))
+
+
+def test_few_shards_are_open_at_a_time(image_set, monkeypatch):
+    monkeypatch.setattr("data.reader.MAX_OPEN_SHARDS", 2)
+    stream = images(image_set(shard_samples=2))
+    batch = stream.read(np.arange(20))
+    assert torch.equal(batch.arrays["images"], torch.stack([*map(expected_image, range(20))]))
+    assert len(stream.reader._open) == 2
+
+
+def test_latents_of_another_shape_are_bad_samples(latent_set):
+    config = latent_set(max_rejected_share=1.0)
+    shutil.rmtree(config.latents)
+    with ShardSetWriter(Path(config.latents), Kind.latents, 5) as writer:
+        for array in (moments(0), moments(1)[:, :2], moments(2).astype(np.float32)):
+            writer.write({"moments.npy": encode_npy(array), "txt": b"a"})
+    info = latents_info(config, writer)
+    info.save(Path(config.latents))
+    stream = latents(config)
+    assert stream.read(np.arange(3)).index.tolist() == [0]
+    assert [item.reason for item in stream.rejected] == [
+        "latents of float16 (2, 2, 2, 2)",
+        "latents of float32 (2, 4, 2, 2)",
+    ]
+
+
+def latents_info(config: DataConfig, writer: ShardSetWriter) -> Manifest:
+    from data.manifest import LatentInfo
+
+    info = LatentInfo(
+        source_hash="", encoder="", transform="", shape=[4, 2, 2], mean=[0.0] * 4, std=[1.0] * 4
+    )
+    return Manifest(kind=Kind.latents, shards=writer.shards, latents=info)
+
+
+def test_what_the_latents_lack_is_named(latent_set):
+    config = latent_set()
+    with pytest.raises(ValueError, match=r"data\.flip: .* has no mirrored latents"):
+        latents(config, flips=by_sample)
+    config.store_text = True
+    with pytest.raises(ValueError, match=r"data\.store_text: .* has no text embeddings"):
+        latents(config)
+
+
+def test_a_set_of_the_other_kind_is_refused(latent_set, image_set):
+    config = latent_set()
+    config.train = config.latents
+    with pytest.raises(ManifestError, match=r"data\.train: .* holds latents, not images"):
+        images(config)
+
+
+def test_a_missing_set_names_the_command(tmp_path):
+    config = DataConfig(dir="d", train="d/train", val="d/val", latents="d/latents", image_size=8)
+    with pytest.raises(ManifestError, match=r"data\.latents: no manifest .* trainer\.precompute"):
+        latents(config)
+    with pytest.raises(ManifestError, match=r"data\.train: no manifest .* trainer\.pack"):
+        images(config)
+
+
+def test_batches_that_do_not_divide_are_refused(image_set):
+    with pytest.raises(ValueError, match=r"train\.global_batch_size: 8 is no multiple"):
+        images(image_set(), micro_batch=3)
+
+
+def test_the_cursor_counts_trained_samples_and_names_what_changed(image_set):
+    config = image_set()
+    cursor = images(config).cursor(5)
+    assert cursor.samples == 5 * GLOBAL_BATCH
+    assert Cursor.from_json(cursor.to_json()) == cursor
+    cursor.check(images(config).cursor(0))
+    config.lanes = 4
+    config.shuffle_block = 6
+    with pytest.raises(
+        ValueError, match=r"data\.lanes was 2, is 4; data\.shuffle_block was 5, is 6"
+    ):
+        cursor.check(images(config).cursor(0))
+
+
+@pytest.mark.parametrize("change", [{"seed": "3"}, {"other": 1}, {"lanes": None}])
+def test_a_foreign_cursor_is_refused(image_set, change):
+    values = images(image_set()).cursor(5).to_json()
+    with pytest.raises(ValueError, match="not a data cursor"):
+        Cursor.from_json(values | change)

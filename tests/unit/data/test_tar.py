@@ -1,0 +1,225 @@
+"""The offset index: equal to tarfile's reading of sound shards, and loud about all others."""
+
+import io
+import tarfile
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.codecs import BadSampleError, encode_npy
+from data.tar import BLOCK_BYTES, decode_index, index_shard, scan
+
+REQUIRED = (("png", "jpg"), ("txt",))
+
+
+def tar_of(
+    members: list[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT, **facts: Any
+) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
+        for name, payload in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            for fact, value in facts.items():
+                setattr(info, fact, value)
+            tar.addfile(info, io.BytesIO(payload))
+    return buffer.getvalue()
+
+
+def samples(count: int) -> list[tuple[str, bytes]]:
+    return [
+        (f"{number:04d}.{extension}", f"{extension} of {number}".encode() * (1 + 200 * number))
+        for number in range(count)
+        for extension in ("png", "txt")
+    ]
+
+
+def keys(index: np.ndarray) -> list[str]:
+    return [key.decode() for key in index["key"]]
+
+
+def reasons(shard: bytes) -> dict[str, str]:
+    return {item.key: item.reason for item in index_shard(shard, REQUIRED)[1]}
+
+
+names = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0/."), min_size=1, max_size=60),
+    min_size=1,
+    max_size=4,
+).map("/".join)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.dictionaries(names, st.tuples(st.binary(max_size=1500), st.binary(max_size=40)), max_size=6),
+    st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_a_sound_shard_is_indexed_as_tarfile_reads_it(content, tar_format):
+    shard = tar_of(
+        [
+            (f"{key}.{extension}", payload)
+            for key, payloads in content.items()
+            for extension, payload in zip(("png", "txt"), payloads, strict=True)
+        ],
+        tar_format,
+    )
+    index, rejected = index_shard(shard, REQUIRED)
+    assert rejected == []
+    assert keys(index) == list(content)
+    with tarfile.open(fileobj=io.BytesIO(shard)) as tar:
+        expected = {member.name: (member.offset_data, member.size) for member in tar}
+    found = {
+        f"{key}.{extension}": (int(row[extension]["offset"]), int(row[extension]["size"]))
+        for key, row in zip(keys(index), index, strict=True)
+        for extension in ("png", "txt")
+    }
+    assert found == expected
+    np.testing.assert_array_equal(decode_index(encode_npy(index)), index)
+
+
+def test_a_shard_cut_off_anywhere_is_never_silently_short():
+    shard = tar_of(samples(3))
+    payload_end = len(shard.rstrip(b"\0")) // BLOCK_BYTES * BLOCK_BYTES + BLOCK_BYTES
+    for length in range(0, len(shard), 37):
+        index, rejected = index_shard(shard[:length], REQUIRED)
+        if length < payload_end + 2 * BLOCK_BYTES:
+            assert any("cut off" in item.reason for item in rejected), length
+        else:
+            assert (len(index), rejected) == (3, [])
+
+
+def test_any_changed_byte_of_a_header_costs_its_sample_only_and_is_told():
+    shard = tar_of(samples(3))
+    victim = shard.index(b"0001.png")
+    told = []
+    for position in range(BLOCK_BYTES):
+        damaged = bytearray(shard)
+        damaged[victim + position] ^= 0xFF
+        index, rejected = index_shard(bytes(damaged), REQUIRED)
+        assert set(keys(index)) <= {"0000", "0001", "0002"}
+        assert {"0000", "0002"} <= set(keys(index))
+        told.append(bool(rejected))
+    # the checksum field ends in a NUL and a space that carry nothing
+    assert [position for position, seen in enumerate(told) if not seen] == [155]
+
+
+def test_zeros_in_the_middle_are_told():
+    shard = bytearray(tar_of(samples(3)))
+    victim = shard.index(b"0001.png")
+    shard[victim : victim + BLOCK_BYTES] = bytes(BLOCK_BYTES)
+    found = reasons(bytes(shard))
+    assert "zeros" in found[""]
+    assert found["0001"] == "no png or jpg"
+
+
+def test_joined_shards_are_read_to_the_end():
+    index, rejected = index_shard(
+        tar_of(samples(2)) + tar_of([("x.png", b"a"), ("x.txt", b"b")]), REQUIRED
+    )
+    assert keys(index) == ["0000", "0001", "x"]
+    assert "more follows" in rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (tarfile.SYMTYPE, "symbolic link"),
+        (tarfile.LNKTYPE, "hard link"),
+        (tarfile.GNUTYPE_SPARSE, "sparse member"),
+        (tarfile.FIFOTYPE, "tar member of type"),
+        (tarfile.CHRTYPE, "tar member of type"),
+    ],
+)
+def test_members_that_are_not_plain_files_cost_their_sample(kind, reason):
+    shard = tar_of([("a.png", b"x"), ("a.txt", b"y")])
+    odd = tar_of([("b.png", b""), ("b.txt", b"")], type=kind, linkname="a.png")
+    ending = tar_of([("c.png", b"x"), ("c.txt", b"y")])
+    body = shard.rstrip(b"\0")
+    body += bytes(-len(body) % BLOCK_BYTES) + odd[: 2 * BLOCK_BYTES] + ending
+    index, _ = index_shard(body, REQUIRED)
+    assert keys(index) == ["a", "c"]
+    assert reason in reasons(body)["b"]
+
+
+def test_pax_sparse_members_are_refused():
+    headers = {"GNU.sparse.major": "1", "GNU.sparse.name": "a.png"}
+    shard = tar_of([("a.png", b"x")], tarfile.PAX_FORMAT, pax_headers=headers)
+    assert reasons(shard) == {"a": "sparse member"}
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "x/../../a.png"])
+def test_paths_that_lead_out_are_refused(name):
+    shard = tar_of([(name, b"x"), (name.replace("png", "txt"), b"y")])
+    index, _ = index_shard(shard, REQUIRED)
+    assert len(index) == 0
+    assert set(reasons(shard).values()) == {"path leads out of the shard"}
+
+
+def test_a_member_twice_costs_its_sample():
+    shard = tar_of(
+        [("a.png", b"1"), ("a.txt", b"2"), ("b.png", b"3"), ("b.txt", b"4"), ("a.png", b"5")]
+    )
+    index, _ = index_shard(shard, REQUIRED)
+    assert keys(index) == ["b"]
+    assert reasons(shard) == {"a": "two members .png"}
+
+
+def test_samples_without_image_or_caption_and_members_off_the_list():
+    shard = tar_of(
+        [("a.png", b"1"), ("b.txt", b"2"), ("c.jpg", b"3"), ("c.txt", b"4"), ("c.pyd", b"payload")]
+    )
+    index, _ = index_shard(shard, REQUIRED)
+    assert keys(index) == ["c"]
+    assert index.dtype.names == ("key", "jpg", "txt")
+    assert reasons(shard) == {"a": "no txt", "b": "no png or jpg"}
+
+
+def test_names_that_are_not_utf8_are_refused_and_hidden_files_are_no_samples():
+    shard = bytearray(
+        tar_of([("._a.png", b"0"), ("README", b"0"), ("a.png", b"1"), ("a.txt", b"2")])
+    )
+    assert reasons(bytes(shard)) == {}
+    victim = shard.index(b"a.txt")
+    shard[victim] = 0xFF
+    header = bytes(shard[victim : victim + BLOCK_BYTES])
+    total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+    shard[victim + 148 : victim + 156] = b"%06o\0 " % total
+    assert reasons(bytes(shard)) == {"\ufffd": "name is not UTF-8 text", "a": "no txt"}
+
+
+def test_a_lying_size_is_told():
+    shard = bytearray(tar_of(samples(1)))
+    shard[124:136] = b"\x80" + (2**62).to_bytes(11, "big")
+    block = bytes(shard[:BLOCK_BYTES])
+    total = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
+    shard[148:156] = b"%06o\0 " % total
+    assert "cut off" in reasons(bytes(shard))[""]
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_no_bytes_break_the_scanner(data):
+    shard = bytearray(tar_of(samples(2), data.draw(st.sampled_from([0, 1, 2]))))
+    for _ in range(data.draw(st.integers(1, 6))):
+        start = data.draw(st.integers(0, len(shard) - 1))
+        patch = data.draw(st.binary(min_size=1, max_size=64))
+        shard[start : start + len(patch)] = patch
+    shard = bytes(shard[: data.draw(st.integers(0, len(shard)))])
+    for member in scan(shard):
+        assert member.problem or member.offset + member.size <= len(shard)
+    index_shard(shard, REQUIRED)
+
+
+def test_pickle_and_foreign_arrays_are_no_index():
+    objects = io.BytesIO()
+    np.save(objects, np.array([{"a": 1}], object), allow_pickle=True)
+    for payload in (
+        objects.getvalue(),
+        encode_npy(np.zeros(3)),
+        encode_npy(np.zeros(3, [("key", "S4"), ("exe", "<i8")])),
+    ):
+        with pytest.raises(BadSampleError):
+            decode_index(payload)
