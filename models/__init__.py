@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the networks, the diffusion process and its solvers."""

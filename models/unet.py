@@ -1,0 +1,259 @@
+"""The denoiser: a U-Net with cross-attention to a context, or without (Rombach et al. 2022).
+
+State-dict names are those of diffusers' UNet2DConditionModel, and of its UNet2DModel when there
+is no context.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.activations import GroupNormSiLU
+from models.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
+from models.config import UNetConfig
+from models.transformer import SpatialTransformer
+
+NORM_EPS = 1e-5
+MAX_PERIOD = 10_000.0
+
+
+class UNet2DCondition(nn.Module):
+    """Noisy latents, timesteps and a context to the model output, of the latents' resolution."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        widths = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        res_block, attention = _res_blocks(config), _attentions(config)
+
+        self.down_blocks = nn.ModuleList()
+        width, skips = widths[0], [widths[0]]
+        for level, level_width in enumerate(widths):
+            last = level == len(widths) - 1
+            block = DownBlock()
+            for _ in range(config.layers_per_block):
+                block.resnets.append(res_block(width, level_width))
+                if config.attention[level]:
+                    block.attentions.append(attention(level))
+                width = level_width
+                skips.append(width)
+            if not last:
+                block.downsamplers = nn.ModuleList([Downsample(width)])
+                skips.append(width)
+            self.down_blocks.append(block)
+
+        self.mid_block = MidBlock(res_block(width, width), attention(-1), res_block(width, width))
+
+        self.up_blocks = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            block = UpBlock()
+            for _ in range(config.layers_per_block + 1):
+                block.resnets.append(res_block(width + skips.pop(), widths[level]))
+                if config.attention[level]:
+                    block.attentions.append(attention(level))
+                width = widths[level]
+            if level > 0:
+                block.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = GroupNormSiLU(config.norm_groups, width, NORM_EPS)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self._start_as_identity()
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """Model output for each sample of the batch.
+
+        latents: [B, C, h, w]; timesteps: [B]; context: [B, M, context_dim], None if that is 0.
+        Returns [B, out_channels, h, w]. Raises ValueError when h or w cannot be halved between the
+        levels, or when a context is missing or has no use.
+        """
+        self._check_inputs(latents, context)
+        time = F.silu(self.time_embedding(timesteps))
+        run = _recomputed if self.config.gradient_checkpointing and self.training else _stored
+        x = self.conv_in(latents)
+        skips = [x]
+        for down_block in self.down_blocks:
+            x = down_block(x, time, context, skips, run)
+        x = run(self.mid_block, x, time, context)
+        for up_block in self.up_blocks:
+            x = up_block(x, time, context, skips, run)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _check_inputs(self, latents: Tensor, context: Tensor | None) -> None:
+        height, width = latents.shape[-2:]
+        factor = 2 ** (len(self.config.block_out_channels) - 1)
+        if height % factor or width % factor:
+            raise ValueError(
+                f"latents of {height}x{width} cannot be halved between the U-Net's levels: choose "
+                f"a data.image_size whose latents are a multiple of {factor}, or fewer "
+                f"unet.block_out_channels"
+            )
+        if (context is None) != (self.config.context_dim == 0):
+            raise ValueError(
+                f"unet.context_dim = {self.config.context_dim}, but the conditioner gives "
+                f"{'no' if context is None else 'a'} context: set it to the conditioner's width, "
+                f"0 for conditioner=none"
+            )
+
+    def _start_as_identity(self) -> None:
+        """Zero the last layer of every residual branch, and of the network, as LDM does."""
+        for layer in self.modules():
+            if isinstance(layer, ResBlock):
+                _zero(layer.conv2)
+            elif isinstance(layer, SpatialTransformer):
+                _zero(layer.proj_out)
+            elif isinstance(layer, SpatialAttention):
+                _zero(layer.to_out[0])
+        _zero(self.conv_out)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the timestep, then two layers: [B] → [B, out_width].
+
+    Vaswani et al. 2017, section 3.5; cosines come first, as in DDPM's successors.
+    """
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.linear_1 = nn.Linear(width, out_width)
+        self.linear_2 = nn.Linear(out_width, out_width)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """See the class."""
+        half = self.width // 2
+        # Always fp32: bf16 cannot tell timestep 999 from 1000.
+        exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
+        frequencies = torch.exp(-math.log(MAX_PERIOD) * exponents)
+        angles = timesteps[:, None].float() * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
+
+
+Run = Callable[..., Tensor]
+
+
+def _stored(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    return layer(*inputs)
+
+
+def _recomputed(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    # There is no dropout, so there is no random state to replay.
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class DownBlock(nn.Module):
+    """One resolution on the way down: ResBlocks with attention, then a downsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None, skips: list[Tensor], run: Run
+    ) -> Tensor:
+        """x: [B, C, h, w] → [B, C', h/2, w/2]; every layer's output is appended to `skips`."""
+        for layer, resnet in enumerate(self.resnets):
+            x = run(resnet, x, time)
+            if self.attentions:
+                x = run(self.attentions[layer], x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One resolution on the way up: ResBlocks with attention over skips, then an upsampling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None, skips: list[Tensor], run: Run
+    ) -> Tensor:
+        """x: [B, C, h, w] → [B, C', 2h, 2w]; every ResBlock takes the last of `skips`."""
+        for layer, resnet in enumerate(self.resnets):
+            x = run(resnet, torch.cat([x, skips.pop()], dim=1), time)
+            if self.attentions:
+                x = run(self.attentions[layer], x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+def attention_head_dims(config: UNetConfig) -> list[int]:
+    """The widths of a head that the U-Net has, for `probe_attention`."""
+    return sorted(
+        {config.block_out_channels[level] // config.heads[level] for level in _attending(config)}
+    )
+
+
+def _attending(config: UNetConfig) -> set[int]:
+    """The levels with attention; the middle counts as the last."""
+    levels = range(len(config.block_out_channels))
+    return {level for level in levels if config.attention[level] or level == levels[-1]}
+
+
+def _res_blocks(config: UNetConfig) -> Callable[[int, int], ResBlock]:
+    time_dim = 4 * config.block_out_channels[0]
+    return lambda in_width, width: ResBlock(
+        in_width, width, groups=config.norm_groups, eps=NORM_EPS, time_dim=time_dim
+    )
+
+
+def _attentions(config: UNetConfig) -> Callable[[int], nn.Module]:
+    if config.context_dim:
+        return lambda level: SpatialTransformer(
+            config.block_out_channels[level],
+            config.heads[level],
+            depth=config.transformer_depth,
+            context_dim=config.context_dim,
+            groups=config.norm_groups,
+            linear_projection=config.linear_projection,
+        )
+    return lambda level: SpatialAttention(
+        config.block_out_channels[level],
+        config.heads[level],
+        groups=config.norm_groups,
+        eps=NORM_EPS,
+    )
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _check(config: UNetConfig) -> None:
+    levels = len(config.block_out_channels)
+    for option in ("attention", "heads"):
+        if len(getattr(config, option)) != levels:
+            raise ValueError(
+                f"unet.{option} has {len(getattr(config, option))} entries, but "
+                f"unet.block_out_channels has {levels}: give one a level"
+            )
+    for level, width in enumerate(config.block_out_channels):
+        if width % config.norm_groups:
+            raise ValueError(
+                f"unet.norm_groups = {config.norm_groups} does not divide the {width} of "
+                f"unet.block_out_channels"
+            )
+        if level in _attending(config) and width % config.heads[level]:
+            raise ValueError(
+                f"unet.heads[{level}] = {config.heads[level]} does not divide the {width} of "
+                f"unet.block_out_channels"
+            )

@@ -1,0 +1,50 @@
+"""diffusers' networks as oracles for ours: the same weights must give the same numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def load_both_ways(ours: nn.Module, theirs: nn.Module) -> None:
+    """Give both the same random weights, norms and biases too, through strict state dicts."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def assert_same_outputs_and_gradients(
+    ours: nn.Module,
+    theirs: nn.Module,
+    run_ours: Callable[..., Tensor],
+    run_theirs: Callable[..., Any],
+    *inputs: Tensor,
+) -> None:
+    """Outputs, and gradients of every parameter and float input, to 1e-5 of their size."""
+    results = []
+    for network, run in ((ours, run_ours), (theirs, run_theirs)):
+        leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+        network.zero_grad()
+        output = run(*leaves)
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+        (output * probe).sum().backward()
+        gradients = {name: value.grad for name, value in network.named_parameters()}
+        gradients |= {f"input {i}": leaf.grad for i, leaf in enumerate(leaves)}
+        results.append((output, {k: v for k, v in gradients.items() if v is not None}))
+    (output, gradients), (expected, expected_gradients) = results
+    _assert_close("output", output, expected, expected.abs().max())
+    assert gradients.keys() == expected_gradients.keys()
+    largest = torch.stack([value.abs().max() for value in expected_gradients.values()]).max()
+    for name, expected_gradient in expected_gradients.items():
+        # Sums of many large terms that cancel are not exact to their own size.
+        scale = expected_gradient.abs().max().clamp(min=0.02 * largest)
+        _assert_close(name, gradients[name], expected_gradient, scale)
+
+
+def _assert_close(name: str, ours: Tensor, expected: Tensor, scale: Tensor) -> None:
+    error = ((ours - expected).abs().max() / scale).item()
+    assert error < 1e-5, f"{name} differs by {error:.1e}"
