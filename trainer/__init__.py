@@ -1,0 +1,1 @@
+"""Runs: the only package that knows both the models and the data."""

@@ -1,0 +1,43 @@
+"""Where a run's numbers and pictures go. Rank 0 alone has callbacks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Callback(Protocol):
+    """Told of everything that is worth showing; never changes the training."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers after optimizer step `step`, by name such as train/loss."""
+        ...
+
+    def picture(self, step: int, path: Path) -> None:
+        """A PNG of samples or reconstructions after optimizer step `step`."""
+        ...
+
+    def close(self) -> None:
+        """The run ends, whether done or stopped early."""
+        ...
+
+
+class Callbacks:
+    """All of them, told in turn."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """See Callback."""
+        for callback in self._callbacks:
+            callback.metrics(step, values)
+
+    def picture(self, step: int, path: Path) -> None:
+        """See Callback."""
+        for callback in self._callbacks:
+            callback.picture(step, path)
+
+    def close(self) -> None:
+        """See Callback."""
+        for callback in self._callbacks:
+            callback.close()

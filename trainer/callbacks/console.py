@@ -1,0 +1,61 @@
+"""A progress bar on a terminal, one aligned line an interval anywhere else."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+SHOWN = {
+    "train/loss": ("loss", "{:.4f}"),
+    "optim/lr": ("lr", "{:.1e}"),
+    "optim/grad_norm": ("grad", "{:.2f}"),
+    "throughput/images_per_s": ("images/s", "{:.1f}"),
+    "time/data_wait_pct": ("wait %", "{:.1f}"),
+}
+
+
+class Console:
+    """Shows training on standard output."""
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self._max_steps = max_steps
+        self._bar = (
+            tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Training metrics go into the bar or on a line; evaluations always get a line."""
+        evaluation = {name: value for name, value in values.items() if name.startswith("eval/")}
+        if evaluation:
+            self._print(
+                step, "  ".join(f"{n.removeprefix('eval/')} {v:.4g}" for n, v in evaluation.items())
+            )
+        shown = [
+            f"{label} {form.format(values[name]):>7}"
+            for name, (label, form) in SHOWN.items()
+            if name in values
+        ]
+        if shown and self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str("  ".join(shown))
+        elif shown:
+            self._print(step, "  ".join(shown))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Say where it is."""
+        self._print(step, str(path))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _print(self, step: int, text: str) -> None:
+        line = f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}  {text}"
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)

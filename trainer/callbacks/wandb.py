@@ -1,0 +1,65 @@
+"""Weights & Biases: a mirror of metrics.jsonl that may fail without harm."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from trainer.config import RunConfig, WandbConfig, WandbMode
+
+
+class Wandb:
+    """Online, offline or, with `auto`, online where a key is found; the first failure ends it."""
+
+    def __init__(
+        self, config: WandbConfig, run: RunConfig, about: Mapping[str, Any], run_id: str
+    ) -> None:
+        self._run: Any = None
+        self._failed = False
+        mode = config.mode
+        if mode is WandbMode.auto:
+            mode = WandbMode.online if wandb.api.api_key else WandbMode.offline
+        self._guard(lambda: self._start(config, run, about, run_id, mode))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log at the run's own step, which a resumed offline run would not keep."""
+        self._guard(lambda: self._run.log({"step": step, **values}, step=step))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Log the PNG under `samples`."""
+        self._guard(lambda: self._run.log({"samples": wandb.Image(str(path))}, step=step))
+
+    def close(self) -> None:
+        """Flush and end the run."""
+        self._guard(lambda: self._run.finish())
+
+    def _start(
+        self,
+        config: WandbConfig,
+        run: RunConfig,
+        about: Mapping[str, Any],
+        run_id: str,
+        mode: WandbMode,
+    ) -> None:
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity or None,
+            name=f"{run.experiment}/{run.name}",
+            id=run_id,
+            resume="allow",
+            config=dict(about),
+            dir=run.dir,
+            mode="online" if mode is WandbMode.online else "offline",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            action()
+        except Exception as error:  # training must not care what its mirror dies of
+            print(f"warning: W&B is off from here on: {error}", file=sys.stderr, flush=True)
+            self._failed = True

@@ -1,0 +1,156 @@
+"""From a composed tree to a `Config` in which no two options contradict each other."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from typing import get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from models.config import BetaSchedule, ConditionerKind, PredictionType
+from trainer.config import Config, Features, Precision, Task
+
+
+def to_config(tree: DictConfig) -> Config:
+    """Turn the tree into dataclasses.
+
+    Raises: ValueError that lists every missing value, or every contradiction, by config path.
+    """
+    if OmegaConf.is_missing(tree.run, "experiment"):
+        raise ValueError("no experiment chosen: add +experiment=NAME, see conf/experiment/")
+    unknown = sorted(set(_keys(tree)) - set(_paths(Config)))
+    if unknown:
+        raise ValueError("; ".join(_no_option(path) for path in unknown))
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        raise ValueError(f"no value for {', '.join(missing)}")
+    config = OmegaConf.to_object(tree)
+    assert isinstance(config, Config)
+    problems = list(_contradictions(config))
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+def world_size() -> int:
+    """Ranks of this job, as the launcher says (torchrun or srun); 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def grad_accum_steps(config: Config, ranks: int) -> int:
+    """Micro batches a rank accumulates for one optimizer step; derived, never configured."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * ranks)
+
+
+def explain(error: Exception) -> str:
+    """One line for the person who typed the command; a misspelt key gets its nearest neighbour."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    path = getattr(cause, "full_key", None)
+    if path:
+        if re.search(r"not in|no attribute", text):
+            text = _no_option(str(path))
+        elif path not in text:
+            text = f"{path}: {text}"
+    return text
+
+
+def _no_option(path: str) -> str:
+    near = difflib.get_close_matches(path, _paths(Config), n=1, cutoff=0.6)
+    return f"{path} is no option" + "".join(f" (did you mean {name}?)" for name in near)
+
+
+def _keys(tree: DictConfig, prefix: str = "") -> Iterator[str]:
+    for key in tree:
+        yield f"{prefix}{key}"
+        node = tree._get_node(key)
+        if isinstance(node, DictConfig):
+            yield from _keys(node, f"{prefix}{key}.")
+
+
+def _paths(section: type, prefix: str = "") -> Iterator[str]:
+    for name, kind in get_type_hints(section).items():
+        yield prefix + name
+        if is_dataclass(kind):
+            yield from _paths(kind, f"{prefix}{name}.")
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    yield from _batch_arithmetic(config)
+    if config.deepspeed.stage not in (0, 1, 2, 3):
+        yield f"deepspeed.stage={config.deepspeed.stage}: ZeRO has stages 0, 1, 2 and 3"
+    if config.deepspeed.stage == 0 and config.train.precision is Precision.bf16:
+        yield "deepspeed.stage=0 with train.precision=bf16 trains wrongly; use stage 1"
+    side, factor = config.data.image_size, config.autoencoder.downsample_factor
+    if side % factor:
+        yield f"data.image_size={side} is no multiple of the autoencoder's factor {factor}"
+    if not 0 <= config.data.source.val_share < 1:
+        yield f"data.source.val_share={config.data.source.val_share} must lie in [0, 1)"
+    if not 0 <= config.precompute.task < config.precompute.num_tasks:
+        yield (
+            f"precompute.task={config.precompute.task} must lie in "
+            f"[0, precompute.num_tasks={config.precompute.num_tasks})"
+        )
+    if Features.efficientnet_lite0 in config.eval.features and config.eval.num_samples < 2:
+        yield f"eval.num_samples={config.eval.num_samples}: a covariance needs 2 samples or more"
+    if config.task is Task.diffusion:
+        yield from _diffusion(config)
+
+
+def _batch_arithmetic(config: Config) -> Iterator[str]:
+    ranks, total = world_size(), config.train.global_batch_size
+    micro, lanes = config.train.micro_batch_size, config.data.lanes
+    if min(total, micro, lanes) < 1:
+        yield "train.global_batch_size, train.micro_batch_size and data.lanes must be positive"
+        return
+    if total % (micro * ranks):
+        yield (
+            f"train.global_batch_size={total} does not divide into "
+            f"train.micro_batch_size={micro} x {ranks} rank(s)"
+        )
+    if total % lanes:
+        yield f"data.lanes={lanes} does not divide train.global_batch_size={total}"
+
+
+def _diffusion(config: Config) -> Iterator[str]:
+    unet, stage = config.unet, config.autoencoder
+    for name in ("in_channels", "out_channels"):
+        if getattr(unet, name) != stage.latent_channels:
+            yield (
+                f"unet.{name}={getattr(unet, name)} but "
+                f"autoencoder.latent_channels={stage.latent_channels}"
+            )
+    levels = len(unet.block_out_channels)
+    for name in ("attention", "heads"):
+        if len(getattr(unet, name)) != levels:
+            yield f"unet.{name} needs {levels} entries, one for each of unet.block_out_channels"
+    latent_side = config.data.image_size // stage.downsample_factor
+    if latent_side % 2 ** (levels - 1):
+        yield (
+            f"unet.block_out_channels has {levels} levels, but latents of side {latent_side} "
+            f"cannot be halved {levels - 1} times"
+        )
+    kind = config.conditioner.kind
+    width = 0 if kind is ConditionerKind.none else config.conditioner.width
+    if unet.context_dim != width:
+        yield f"unet.context_dim={unet.context_dim} but the conditioner's tokens are {width} wide"
+    if kind is ConditionerKind.class_label and config.conditioner.num_classes < 1:
+        yield "conditioner.num_classes must be positive for conditioner.kind=class_label"
+    if kind is not ConditionerKind.text and config.eval.clip_score:
+        yield "eval.clip_score needs conditioner.kind=text"
+    if kind is not ConditionerKind.text and config.data.store_text:
+        yield "data.store_text needs conditioner.kind=text"
+    diffusion = config.diffusion
+    if diffusion.zero_terminal_snr and diffusion.prediction_type is PredictionType.epsilon:
+        yield (
+            "diffusion.zero_terminal_snr: the last timestep is pure noise, from which "
+            "diffusion.prediction_type=epsilon learns nothing; use v_prediction"
+        )
+    if diffusion.schedule is not BetaSchedule.cosine and not (
+        0 < diffusion.beta_start <= diffusion.beta_end < 1
+    ):
+        yield "diffusion needs 0 < beta_start <= beta_end < 1"

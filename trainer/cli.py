@@ -1,0 +1,93 @@
+"""The one way in: compose the experiment, check it as a whole, and only then import what runs it.
+
+A command module names the function it stands for (`main("trainer.loop:fit")`), so that `--help`
+and a typo answer before torch is imported.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+import data
+import models
+import trainer
+from trainer.checks import explain, to_config
+from trainer.config import Config
+
+USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def main(target: str) -> None:
+    """Run `module:function` with the checked config and exit with the code that it returns.
+
+    A wrong config, a missing file or unusable data ends in one line and exit code 1; the stack
+    trace follows where HYDRA_FULL_ERROR=1 asks for it.
+    """
+    show_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
+    codes: list[int] = []
+    errors: list[Exception] = []
+
+    def job(tree: DictConfig) -> None:
+        try:
+            config = to_config(tree)
+            codes.append(_load(target)(config) or 0)
+        except USER_ERRORS as error:  # past this frame Hydra would add lines of its own
+            errors.append(error)
+
+    try:
+        _refuse_intruders()
+        if "--cfg" in sys.argv or "-c" in sys.argv:
+            _check_command_line()
+        hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
+    except USER_ERRORS as error:
+        errors.append(error)
+    if errors:
+        if show_trace:
+            traceback.print_exception(errors[0])
+        sys.exit(f"error: {explain(errors[0])}")
+    sys.exit(max(codes, default=0))
+
+
+def load_config(overrides: list[str]) -> Config:
+    """Compose and check a config from Python, as the commands do.
+
+    Raises: HydraException, OmegaConfBaseException or ValueError, as `main` would report them.
+    """
+    with initialize_config_module("conf", version_base="1.3"):
+        return to_config(compose("config", overrides))
+
+
+def _check_command_line() -> None:
+    """`--cfg` prints without running the job, so what it prints is checked here."""
+    load_config([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
+
+
+def _load(target: str) -> Callable[[Config], int | None]:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _refuse_intruders() -> None:
+    """An installed package of the same name would shadow ours without a word."""
+    home = Path(__file__).resolve().parent.parent
+    for package in (conf, data, models, trainer):
+        found = Path(package.__path__[0]).resolve()
+        if found.parent != home:
+            raise ValueError(
+                f"package {package.__name__!r} comes from {found}, not from {home}: "
+                f"uninstall the intruder or start from {home}"
+            )

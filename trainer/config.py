@@ -1,0 +1,204 @@
+"""The root of every experiment: one dataclass tree over the three config pages."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from omegaconf import MISSING
+
+from data.config import DataConfig
+from models.config import (
+    AutoencoderConfig,
+    ConditionerConfig,
+    DiffusionConfig,
+    SamplerConfig,
+    UNetConfig,
+)
+
+
+class Task(StrEnum):
+    """What `python -m trainer` trains."""
+
+    diffusion = "diffusion"
+    autoencoder = "autoencoder"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the forward and backward pass; master weights are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class LrSchedule(StrEnum):
+    """The learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(StrEnum):
+    """auto: online where a key is found, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Features(StrEnum):
+    """Networks whose features a Fréchet distance compares."""
+
+    efficientnet_lite0 = "efficientnet_lite0"
+    inception = "inception"
+
+
+@dataclass(slots=True, kw_only=True)
+class RunConfig:
+    """Names the run and its folder; the same command again resumes it."""
+
+    experiment: str
+    """The experiment file's name."""
+    name: str = "default"
+    dir: str = "runs/${.experiment}/${.name}"
+    seed: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainConfig:
+    """How long and how wide."""
+
+    max_steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Samples an optimizer step, over all ranks: the experiment's truth."""
+    micro_batch_size: int
+    """Samples a rank takes at once; gradients accumulate up to the global batch."""
+    log_every: int = 50
+    """Steps between lines of metrics."""
+    precision: Precision = Precision.fp32
+    compile: bool = False
+    channels_last: bool = False
+    """Store activations as NHWC: faster convolutions on CPUs and tensor cores."""
+
+
+@dataclass(slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019); the schedule counts optimizer steps."""
+
+    lr: float
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    schedule: LrSchedule = LrSchedule.constant
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class EmaConfig:
+    """Exponential moving average of the weights, kept in fp32 beside the optimizer state."""
+
+    decay: float = 0.9999
+    """Ceiling of the decay; early steps use (1 + step) / (10 + step), if smaller."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DeepSpeedConfig:
+    """How optimizer state, gradients and weights are spread over ranks (ZeRO)."""
+
+    stage: int = 1
+
+
+@dataclass(slots=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int = 1000
+    """Optimizer steps."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+    load: str = ""
+    """A checkpoint folder for evaluate, sample and export; empty takes the run's latest."""
+
+
+@dataclass(slots=True, kw_only=True)
+class EvalConfig:
+    """The evaluation protocol: its hash is logged with every number."""
+
+    every: int = 0
+    """Optimizer steps between evaluations while training; 0 evaluates at the end only."""
+    num_samples: int = 2048
+    batch_size: int = 64
+    seed: int = 0
+    """Sample i's noise depends on (seed, i) alone."""
+    features: list[Features] = field(default_factory=lambda: [Features.inception])
+    """Each gives a Fréchet distance named after it."""
+    inception_weights: str = ""
+    """torch-fidelity's Inception weights; empty downloads them."""
+    clip_score: bool = False
+    """Score samples against their prompts with the conditioner's CLIP."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts (or class numbers) of the sample grid, with seeds 0, 1, …"""
+
+
+@dataclass(slots=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; the key comes from the environment only."""
+
+    mode: WandbMode = WandbMode.auto
+    project: str = "latent-foundry"
+    entity: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class LoggerConfig:
+    """Where metrics go beside the run's metrics.jsonl."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(slots=True, kw_only=True)
+class PrecomputeConfig:
+    """One task of a latent job; any number of tasks may run, die and be run again."""
+
+    task: int = 0
+    num_tasks: int = 1
+    batch_size: int = 64
+    precision: Precision = Precision.fp32
+
+
+@dataclass(slots=True, kw_only=True)
+class SampleConfig:
+    """What `trainer.sample` draws."""
+
+    prompts: list[str] = field(default_factory=list)
+    seed: int = 0
+    out: str = "${run.dir}/samples"
+
+
+@dataclass(slots=True, kw_only=True)
+class Config:
+    """One experiment, from raw images to evaluated samples."""
+
+    task: Task = MISSING
+    run: RunConfig = field(default_factory=lambda: RunConfig(experiment=MISSING))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            max_steps=MISSING, global_batch_size=MISSING, micro_batch_size=MISSING
+        )
+    )
+    data: DataConfig = field(default_factory=lambda: DataConfig(dir=MISSING, image_size=MISSING))
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    conditioner: ConditionerConfig = field(default_factory=ConditionerConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=MISSING))
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)

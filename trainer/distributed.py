@@ -1,0 +1,74 @@
+"""Who am I among the ranks, and what do all ranks agree on."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which talks and commits."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; collective."""
+        return self.maximum(float(flag)) > 0
+
+    def maximum(self, value: float) -> float:
+        """The largest value over all ranks; collective."""
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
+
+    def sum_(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks; collective, in the order of the names."""
+        if self.world_size == 1:
+            return
+        for name in sorted(tensors):
+            total = tensors[name].to(self.device, copy=True)
+            dist.all_reduce(total)
+            tensors[name].copy_(total)
+
+
+def join() -> Ranks:
+    """Join the job that torchrun or srun started; a plain process is a job of one.
+
+    Raises: OSError or RuntimeError of torch.distributed if the rendezvous fails.
+    """
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    world = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    os.environ.setdefault("LOCAL_RANK", str(local))  # DeepSpeed takes it from nowhere else
+    if not dist.is_initialized():
+        alone = world == 1 and "MASTER_ADDR" not in os.environ
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.HashStore() if alone else None,
+            init_method=None if alone else "env://",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(minutes=30),
+        )
+    return Ranks(rank, world, device)

@@ -1,0 +1,196 @@
+"""Training, from the first step or from the last checkpoint: read this file top to bottom."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data.cursor import Cursor
+from data.stream import Batch
+from trainer.callbacks import Callback, Callbacks
+from trainer.callbacks.console import Console
+from trainer.callbacks.jsonl import JsonLines
+from trainer.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from trainer.config import Config, Task, WandbMode
+from trainer.distributed import Ranks, join
+from trainer.engine import STATE_KEYS, Engine
+from trainer.images import save_png
+from trainer.meter import Meter
+from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
+from trainer.runs import describe, open_run
+from trainer.tasks import TrainingTask
+
+
+def fit(config: Config) -> int:
+    """Train to train.max_steps, or on from the newest checkpoint in run.dir.
+
+    Returns the exit code: 0 done, 85 stopped early with a checkpoint.
+    Raises: ValueError or OSError that names the config path or file at fault.
+    """
+    ranks = join()
+    stop = StopRequest(ranks)
+    folder = Path(config.run.dir)
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    task = _build_task(config, ranks)
+    if checkpoint is not None:
+        Cursor.from_json(checkpoint.state["cursor"]).check(task.stream.cursor(0))
+    if ranks.is_main:
+        open_run(config)
+    run = Run(config, ranks, task, checkpoint)
+    try:
+        return run.train(stop)
+    finally:
+        run.close()
+
+
+def _build_task(config: Config, ranks: Ranks) -> TrainingTask:
+    if config.task is Task.autoencoder:
+        from trainer.tasks.autoencoder import AutoencoderTask
+
+        return AutoencoderTask(config, ranks)
+    from trainer.tasks.diffusion import DiffusionTask
+
+    return DiffusionTask(config, ranks)
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a run has done; with the weights and moments, all that resuming needs."""
+
+    step: int
+    skipped_steps: int
+    evaluated: bool
+    """Whether the evaluation that is due at this step, if any, has been made."""
+    wandb_id: str
+
+
+class Run:
+    """A task, an engine and their surroundings."""
+
+    def __init__(
+        self, config: Config, ranks: Ranks, task: TrainingTask, checkpoint: Checkpoint | None
+    ) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.task = task
+        self.folder = Path(config.run.dir)
+        self.progress = Progress(0, 0, not config.eval.every, self._new_wandb_id())
+        self.meter = Meter(ranks)
+        if checkpoint is None:
+            self.engine = Engine(task.module, config, ranks)
+        else:
+            self.engine = self._resume(checkpoint)
+        self.checkpoints = CheckpointWriter(
+            self.folder / "checkpoints", ranks, config.checkpoint.keep
+        )
+        self.callbacks = Callbacks(list(self._callbacks()) if ranks.is_main else [])
+
+    def train(self, stop: StopRequest) -> int:
+        """The loop; returns the exit code."""
+        config, progress = self.config, self.progress
+        if not progress.evaluated:
+            self._evaluate(self.task.baselines() if progress.step == 0 else {})
+        for micro_batches in self._steps():
+            self._train_step(micro_batches)
+            step, done = progress.step, progress.step == config.train.max_steps
+            stopping = stop.agreed()
+            if step % config.train.log_every == 0 or done:
+                self.callbacks.metrics(step, self.meter.values())
+            if not progress.evaluated and not stopping:
+                self._evaluate({})
+            if done or stopping or step % config.checkpoint.every == 0:
+                self._save()
+            if stopping:
+                self._say(f"asked to stop: step {step} is saved; the same command goes on")
+                return REQUEUE_EXIT_CODE
+        for line in self.task.finish(self.engine.ema_weights(), self.folder):
+            self._say(line)
+        return 0
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.checkpoints.wait()
+        self.callbacks.close()
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """This rank's micro batches of each step that is left, with the waits for them measured."""
+        batches = self.task.stream.steps(self.progress.step)
+        for _ in range(self.progress.step, self.config.train.max_steps):
+            start_s = time.perf_counter()
+            micro_batches = next(batches)
+            self.meter.waited(time.perf_counter() - start_s)
+            yield micro_batches
+
+    def _train_step(self, micro_batches: list[Batch]) -> None:
+        for batch in micro_batches:
+            loss = self.task.loss(self.engine.model, batch)
+            self.engine.backward(loss.mean)
+            self.meter.loss(loss)
+        result = self.engine.step(self.progress.step)
+        self.meter.step(result, self.config.train.global_batch_size)
+        progress, every = self.progress, self.config.eval.every
+        progress.step += 1
+        progress.skipped_steps += not result.applied
+        at_end = progress.step == self.config.train.max_steps
+        progress.evaluated = not (at_end or (every and progress.step % every == 0))
+
+    def _evaluate(self, extra: dict[str, float]) -> None:
+        start_s, step = time.perf_counter(), self.progress.step
+        evaluation = self.task.evaluate(self.engine.ema_weights())
+        if self.ranks.is_main:
+            values = evaluation.metrics | extra
+            self.callbacks.metrics(step, {f"eval/{name}": value for name, value in values.items()})
+            path = self.folder / "samples" / f"step_{step:08d}.png"
+            save_png(path, evaluation.picture)
+            self.callbacks.picture(step, path)
+        self.progress.evaluated = True
+        self.meter.exclude(time.perf_counter() - start_s)
+
+    def _save(self) -> None:
+        step = self.progress.step
+        self.checkpoints.save(
+            step,
+            self.engine.tensors(),
+            dict(self.engine.module.named_buffers()),
+            {
+                **asdict(self.progress),
+                "images_seen": step * self.config.train.global_batch_size,
+                "adam_steps": self.engine.adam_steps(),
+                "cursor": self.task.stream.cursor(step).to_json(),
+                "task": self.task.state(),
+                "meter": self.meter.state(),
+                "world_size": self.ranks.world_size,
+                "config": describe(self.config),
+            },
+        )
+
+    def _resume(self, checkpoint: Checkpoint) -> Engine:
+        state, tensors = checkpoint.state, checkpoint.tensors("weight", "buffer", *STATE_KEYS)
+        # DeepSpeed derives its low-precision copies from the module as it is at the start
+        self.task.module.load_state_dict(tensors["weight"] | tensors["buffer"])
+        engine = Engine(self.task.module, self.config, self.ranks)
+        engine.load(tensors, state["adam_steps"])
+        self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
+        self.meter.load(state["meter"])
+        self._say(f"going on from {checkpoint.path}")
+        return engine
+
+    def _callbacks(self) -> Iterator[Callback]:
+        step = self.progress.step
+        yield Console(step, self.config.train.max_steps)
+        yield JsonLines(self.folder / "metrics.jsonl", step)
+        if self.config.logger.wandb.mode is not WandbMode.disabled:
+            from trainer.callbacks.wandb import Wandb
+
+            about: dict[str, Any] = describe(self.config)
+            yield Wandb(self.config.logger.wandb, self.config.run, about, self.progress.wandb_id)
+
+    def _new_wandb_id(self) -> str:
+        """The same for every start of this run folder."""
+        return hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+
+    def _say(self, line: str) -> None:
+        if self.ranks.is_main:
+            print(line, flush=True)

@@ -1,0 +1,1 @@
+"""Metrics of images: streamed, and summable over ranks."""

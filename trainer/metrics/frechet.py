@@ -1,0 +1,146 @@
+"""Fréchet distance between Gaussians fitted to streamed features."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+
+class GaussianMoments:
+    """Sufficient statistics of a Gaussian: n, Σx and Σxxᵀ in float64, so that ranks just add."""
+
+    def __init__(self, num_features: int, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._count = zeros()
+        self._sum = zeros(num_features)
+        self._outer = zeros(num_features, num_features)
+
+    def update(self, features: Tensor) -> None:
+        """Adds samples; features: [B, D], any float type."""
+        samples = features.to(self._sum)
+        self._count += len(samples)
+        self._sum += samples.sum(0)
+        self._outer.addmm_(samples.T, samples)
+
+    def state(self) -> dict[str, Tensor]:
+        """The live float64 sums: all-reducing them in place with SUM merges ranks."""
+        return {"count": self._count, "sum": self._sum, "outer": self._outer}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Self:
+        """Moments that hold the sums of state()."""
+        moments = cls(len(state["sum"]), state["sum"].device)
+        for name, total in moments.state().items():
+            total.copy_(state[name])
+        return moments
+
+    def merge(self, other: "GaussianMoments") -> None:
+        """Adds the samples that other has seen."""
+        for mine, theirs in zip(self.state().values(), other.state().values(), strict=True):
+            mine += theirs.to(mine.device)
+
+    @property
+    def count(self) -> int:
+        """Samples seen."""
+        return int(self._count)
+
+    @property
+    def mean(self) -> Tensor:
+        """[D] float64."""
+        return self._sum / self._count
+
+    @property
+    def cov(self) -> Tensor:
+        """Unbiased covariance [D, D] float64, divided by n - 1 as numpy.cov and torch-fidelity.
+
+        Raises ValueError for fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs two samples or more, not {self.count}")
+        mean = self.mean
+        return torch.addr(self._outer, mean, self._sum, alpha=-1) / (self._count - 1)
+
+
+def frechet_distance(a: GaussianMoments, b: GaussianMoments) -> float:
+    """Squared Fréchet distance |μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½).
+
+    Dowson and Landau 1982, equation 4; on Inception's features it is FID (Heusel et al. 2017).
+    With Σ = F Fᵀ, the trace of (Σa Σb)^½ is the sum of the singular values of Faᵀ Fb: no square
+    root of a product, so singular covariances (fewer samples than features) are as exact as others.
+    Raises ValueError for features that are not finite or differ in number.
+    """
+    if len(a.mean) != len(b.mean):
+        raise ValueError(f"cannot compare {len(a.mean)} features with {len(b.mean)}")
+    cov_a, cov_b = a.cov.cpu(), b.cov.cpu()
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+        raise ValueError("features hold NaN or infinity: the images are broken or the run diverged")
+    mean_term = (a.mean.cpu() - b.mean.cpu()).square().sum()
+    cross = torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
+    distance = mean_term + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def _factor(cov: Tensor) -> Tensor:
+    """F [D, rank] with F Fᵀ = cov; drops the eigenvalues that are rounding errors of zero."""
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+class ReferenceMismatchError(ValueError):
+    """A file of reference moments is damaged, or was made from something else."""
+
+
+def save_moments(
+    path: Path, moments: GaussianMoments, *, features: str, fingerprint: str, dataset: str
+) -> None:
+    """Writes moments as safetensors, and what they were made from as JSON in its header.
+
+    features and fingerprint are the extractor's; dataset is the hash of the data set's manifest.
+    """
+    made_from = {"features": features, "fingerprint": fingerprint, "dataset": dataset}
+    tensors = {name: total.cpu() for name, total in moments.state().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_bytes(save(tensors, {"moments": json.dumps(made_from)}))
+    unfinished.replace(path)
+
+
+def load_moments(path: Path, *, features: str, fingerprint: str, dataset: str) -> GaussianMoments:
+    """Reads moments that save_moments wrote of the same extractor and data set.
+
+    Raises FileNotFoundError, or ReferenceMismatchError naming the file, the difference and the fix.
+    """
+    expected = {"features": features, "fingerprint": fingerprint, "dataset": dataset}
+    fix = "delete it, and the next evaluation makes it anew"
+    try:
+        with safe_open(path, framework="pt") as file:
+            made_from = json.loads((file.metadata() or {}).get("moments", "null"))
+            state = {name: file.get_tensor(name) for name in ("count", "sum", "outer")}
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        raise ReferenceMismatchError(f"{path} is not a file of moments: {fix}") from error
+    if not isinstance(made_from, dict):
+        raise ReferenceMismatchError(f"{path} does not say what it was made from: {fix}")
+    for name, value in expected.items():
+        if made_from.get(name) != value:
+            raise ReferenceMismatchError(
+                f"{path} holds moments of {name} {made_from.get(name)}, not {value}: {fix}"
+            )
+    d = state["sum"].numel()
+    shapes = {"count": (), "sum": (d,), "outer": (d, d)}
+    for name, total in state.items():
+        if (
+            total.dtype != torch.float64
+            or total.shape != shapes[name]
+            or not total.isfinite().all()
+        ):
+            raise ReferenceMismatchError(f"{path} holds damaged moments ({name}): {fix}")
+    return GaussianMoments.from_state(state)

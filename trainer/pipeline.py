@@ -1,0 +1,139 @@
+"""From prompts to images: the trained network with everything that sampling needs around it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.autoencoder import AutoencoderKL, load_autoencoder
+from models.conditioners import Captions, Conditioner, build_conditioner
+from models.diffusion import Diffusion
+from models.samplers import guided, sample
+from models.unet import UNet2DCondition
+from trainer import rng
+from trainer.checkpoint import Checkpoint
+from trainer.config import Config
+from trainer.images import to_uint8
+from trainer.rng import Purpose
+
+
+@dataclass(frozen=True, slots=True)
+class LatentScale:
+    """Mean and standard deviation of every latent channel over the whole training set."""
+
+    mean: list[float]
+    std: list[float]
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """latents: [B, C, h, w] as the first stage gives them → mean 0 and variance 1 a channel."""
+        return (latents - _channels(self.mean, latents)) / _channels(self.std, latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of normalise."""
+        return latents * _channels(self.std, latents) + _channels(self.mean, latents)
+
+
+class LatentDiffusion(nn.Module):
+    """All that is trained: the U-Net and, where it learns too, the conditioner."""
+
+    def __init__(self, unet: UNet2DCondition, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.unet = unet
+        self.conditioner = conditioner if conditioner.trainable else None
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, condition: Tensor | Captions | None
+    ) -> Tensor:
+        """Predict with the U-Net in its own precision.
+
+        latents: [B, C, h, w] noisy, normalised; timesteps: [B] int64; condition: the context
+        [B, T, D], or the captions that the trained conditioner embeds.
+        Returns [B, C, h, w] in the latents' dtype.
+        """
+        if self.conditioner is not None and not isinstance(condition, Tensor):
+            condition = self.conditioner(condition)
+        assert condition is None or isinstance(condition, Tensor)
+        dtype = self.unet.conv_in.weight.dtype
+        context = None if condition is None else condition.to(dtype)
+        return self.unet(latents.to(dtype), timesteps, context).to(latents.dtype)
+
+
+class Pipeline:
+    """Draws images; sample i's noise is a function of (seed, i), whatever the batches and ranks."""
+
+    def __init__(
+        self,
+        config: Config,
+        module: LatentDiffusion,
+        conditioner: Conditioner,
+        autoencoder: AutoencoderKL,
+        scale: LatentScale,
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        self._module = module.to(device).eval()
+        self._conditioner = conditioner.to(device).eval()
+        self._autoencoder = autoencoder.to(device).eval()
+        self._diffusion = Diffusion(config.diffusion).to(device)
+        self._scale = scale
+        self._device = device
+
+    @classmethod
+    def load(cls, config: Config, checkpoint: Checkpoint, device: torch.device) -> Self:
+        """The averaged weights of a checkpoint.
+
+        Raises: ValueError if the checkpoint is of another task or network than the config's.
+        """
+        if "latent_scale" not in checkpoint.state["task"]:
+            raise ValueError(f"checkpoint.load: {checkpoint.path} is not of task=diffusion")
+        conditioner = build_conditioner(config.conditioner)
+        module = LatentDiffusion(UNet2DCondition(config.unet), conditioner)
+        try:
+            module.load_state_dict(checkpoint.tensors("ema")["ema"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"checkpoint.load: {checkpoint.path} holds another network than unet.* describes"
+            ) from error
+        scale = LatentScale(**checkpoint.state["task"]["latent_scale"])
+        return cls(config, module, conditioner, load_autoencoder(config.autoencoder), scale, device)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        prompts: Sequence[str],
+        samples: Sequence[int],
+        seed: int,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Images [B, 3, H, W] uint8 on the CPU of B prompts, from the noise of `samples`."""
+        config = self._config
+        side = config.data.image_size // config.autoencoder.downsample_factor
+        shape = (config.unet.in_channels, side, side)
+        ids = np.asarray(samples, np.int64)
+
+        def noise(purpose: Purpose, draw: int) -> Tensor:
+            epochs = np.full_like(ids, draw)
+            return torch.from_numpy(rng.normal(seed, purpose, epochs, ids, shape)).to(self._device)
+
+        predict = guided(
+            self._module,
+            self._conditioner(list(prompts)),
+            self._conditioner([None] * len(ids)),
+            config.sampler.guidance_scale,
+        )
+        latents = sample(
+            predict,
+            self._diffusion,
+            config.sampler,
+            noise(Purpose.sampling, 0),
+            step_noise=lambda step: noise(Purpose.sampler_step, step),
+            on_step=on_step,
+        )
+        return to_uint8(self._autoencoder.decode(self._scale.denormalise(latents)))
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)

@@ -1,0 +1,27 @@
+"""A request to stop, heard at the next step boundary by every rank at once."""
+
+import signal
+from types import FrameType
+
+from trainer.distributed import Ranks
+
+REQUEUE_EXIT_CODE = 85
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 (Slurm's warning before the time limit) or Ctrl-C."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._heard = False
+        for number in SIGNALS:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        # Later signals change nothing: a checkpoint is being written as fast as it can be.
+        self._heard = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; collective, so all ranks leave at the same step."""
+        return self._ranks.any(self._heard)

@@ -1,0 +1,123 @@
+"""Training a first stage: reconstruct the image, keep the latents near N(0, I)."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.stream import Batch, ImageStream
+from models.autoencoder import AutoencoderKL, kl_divergence, sample_posterior
+from trainer import rng
+from trainer.config import Config
+from trainer.distributed import Ranks
+from trainer.images import grid, to_uint8
+from trainer.metrics.reconstruction import MeanPsnr
+from trainer.rng import Purpose
+from trainer.streams import open_images
+from trainer.tasks import Evaluation, Loss
+
+PICTURES = 8
+
+
+class FirstStage(nn.Module):
+    """An autoencoder whose forward pass is a whole reconstruction."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """images: [B, 3, H, W] in [-1, 1]; noise: [B, C, h, w], None takes the posterior's mean.
+
+        Returns the reconstruction [B, 3, H, W] and the moments [B, 2, C, h, w].
+        """
+        moments = self.autoencoder.encode(images)
+        latents = moments[:, 0] if noise is None else sample_posterior(moments, noise)
+        return self.autoencoder.decode(latents), moments
+
+
+class AutoencoderTask:
+    """KL first stage (Rombach et al. 2022, section 3.1): L1 and L2 error plus a small KL term."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self._config = config
+        self._ranks = ranks
+        torch.manual_seed(config.run.seed)
+        self.module = FirstStage(AutoencoderKL(config.autoencoder)).to(ranks.device)
+        if config.train.compile:
+            self.module.compile()
+        self.stream = open_images(config, ranks, "train")
+        self._validation: ImageStream = open_images(config, ranks, "val")
+
+    def state(self) -> dict[str, Any]:
+        """The weights say it all."""
+        return {}
+
+    def loss(self, module: nn.Module, batch: Batch) -> Loss:
+        """Mean over the micro batch of the weighted loss."""
+        weights = self._config.autoencoder.loss
+        images = self._on_device(batch.arrays["images"])
+        side = self._config.data.image_size // self._config.autoencoder.downsample_factor
+        noise = rng.normal(
+            self._config.run.seed,
+            Purpose.posterior,
+            batch.epoch,
+            batch.index,
+            (self._config.autoencoder.latent_channels, side, side),
+        )
+        reconstruction, moments = module(images, self._on_device(torch.from_numpy(noise)))
+        l1 = F.l1_loss(reconstruction.float(), images.float())
+        l2 = F.mse_loss(reconstruction.float(), images.float())
+        kl = kl_divergence(moments.float()).mean()
+        mean = weights.l1_weight * l1 + weights.l2_weight * l2 + weights.kl_weight * kl
+        one = torch.ones((), device=mean.device)
+        parts = {"train/loss": mean, "train/loss_l1": l1, "train/loss_l2": l2, "train/kl": kl}
+        return Loss(mean, {name: (part.detach(), one) for name, part in parts.items()})
+
+    def baselines(self) -> dict[str, float]:
+        """A reconstruction has none."""
+        return {}
+
+    @torch.inference_mode()
+    def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
+        """PSNR of the validation images; the first few, above their reconstructions."""
+        module = copy.deepcopy(self.module).float()
+        module.load_state_dict(weights)
+        psnr, count = MeanPsnr(), self._validation.num_samples
+        size = self._config.eval.batch_size
+        first = min(PICTURES, count)
+        shown: list[Tensor] = []
+        for start in range(self._ranks.rank * size, count, self._ranks.world_size * size):
+            batch = self._validation.read(np.arange(start, min(start + size, count)))
+            images = self._on_device(batch.arrays["images"], torch.float32)
+            reconstruction, _ = module(images, None)
+            psnr.update(images, reconstruction)
+            if start == 0:
+                shown = [to_uint8(images[:first]), to_uint8(reconstruction[:first])]
+        self._ranks.sum_(psnr.state())
+        picture = grid(torch.cat(shown), columns=first) if shown else torch.zeros(3, 1, 1)
+        return Evaluation(psnr.compute(), picture)
+
+    def finish(self, weights: dict[str, Tensor], folder: Path) -> Iterator[str]:
+        """Write the averaged weights in half precision, ready for autoencoder.weights."""
+        if self._ranks.is_main:
+            path = folder / "autoencoder.safetensors"
+            prefix = "autoencoder."
+            save_file(
+                {name.removeprefix(prefix): value.half() for name, value in weights.items()}, path
+            )
+            yield f"weights for autoencoder.weights: {path}"
+
+    def _on_device(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or next(self.module.parameters()).dtype
+        # DeepSpeed broadcasts contiguous weights only; convolutions follow their input's layout
+        layout = (
+            torch.channels_last if self._config.train.channels_last else torch.contiguous_format
+        )
+        return values.to(self._ranks.device, dtype, non_blocking=True, memory_format=layout)
