@@ -1,9 +1,7 @@
 """The samples of a data set as batches: in the plan's order to train on, or by number."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from data import read_ahead
 from data.codecs import BadSampleError, decode_npy, decode_text
 from data.config import DataConfig
 from data.cursor import VERSION, Cursor
@@ -205,19 +203,9 @@ class Stream(ABC):
                 )
 
     def _read_ahead(self, requests: Iterator[_Request]) -> Generator[_Result, None, None]:
-        """Answer requests in order, a few in advance: here, with one thread."""
-        with ThreadPoolExecutor(1, "read-ahead") as pool:
-            pending: deque[Future[_Result]] = deque()
-            try:
-                for request in requests:
-                    pending.append(pool.submit(self.answer, request))
-                    if len(pending) > self.config.prefetch:
-                        yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        return read_ahead.with_thread(self._answer, requests, depth=self.config.prefetch)
 
-    def answer(self, request: _Request) -> _Result:
+    def _answer(self, request: _Request) -> _Result:
         """Read a micro batch; the next usable sample of its block stands in for a bad one."""
         samples: list[_Sample] = []
         rejected: list[Rejected] = []
@@ -288,18 +276,9 @@ class ImageStream(Stream):
     def _read_ahead(self, requests: Iterator[_Request]) -> Generator[_Result, None, None]:
         workers = self.config.workers
         if workers == 0:
-            yield from super()._read_ahead(requests)
-            return
-        yield from DataLoader(
-            _Answers(self),
-            sampler=requests,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=max(1, -(-self.config.prefetch // workers)),
-            collate_fn=lambda result: result,
-            multiprocessing_context="fork",  # workers inherit the stream instead of unpickling it
-            generator=torch.Generator(),  # otherwise the loader draws from torch's global state
-        )
+            return super()._read_ahead(requests)
+        depth = self.config.prefetch
+        return read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
 
     def _arrays(self, stored: StoredSample, flip: bool) -> dict[str, np.ndarray]:
         pixels = decode_square(stored, self.config.image_size)
@@ -307,16 +286,6 @@ class ImageStream(Stream):
 
     def _to_float(self, stack: torch.Tensor) -> torch.Tensor:
         return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-class _Answers(Dataset[_Result]):
-    """A stream as the map from requests to results that DataLoader wants."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-
-    def __getitem__(self, request: _Request) -> _Result:
-        return self._stream.answer(request)
 
 
 class LatentStream(Stream):

@@ -190,9 +190,6 @@ def scan(buffer: mmap | bytes) -> Iterator[Member]:
             if start + size <= end and (member.problem or header.kind != _DIRECTORY):
                 yield member
             extension = _Extension()
-        if start + size > end:
-            yield Member("", offset, 0, cut_off)
-            return
         offset = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 

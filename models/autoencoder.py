@@ -6,13 +6,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.activations import GroupNormSiLU
 from models.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
 from models.config import AutoencoderConfig
+from models.weights import load_weights
 
 NORM_EPS = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -171,38 +170,14 @@ def load_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
         raise ValueError(
             "autoencoder.weights is empty: set it to the safetensors file of a trained first stage"
         )
-    path = Path(config.weights)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"autoencoder.weights: no file at {path}: train the first stage, or correct the path"
-        )
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"autoencoder.weights: {path} is no safetensors file or is damaged ({error})"
-        ) from error
     autoencoder = AutoencoderKL(config)
-    expected = autoencoder.state_dict()
-    if difference := _first_difference(expected, weights):
-        raise ValueError(
-            f"autoencoder.weights: {path} holds another network than the autoencoder.* options "
-            f"describe: {difference}"
-        )
-    autoencoder.load_state_dict(weights)
+    load_weights(
+        autoencoder,
+        Path(config.weights),
+        option="autoencoder.weights",
+        described_by="autoencoder.*",
+    )
     return autoencoder
-
-
-def _first_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            return f"it lacks {name}"
-        if name not in expected:
-            return f"its {name} has no place"
-        if expected[name].shape != found[name].shape:
-            shapes = [str(list(tensors[name].shape)) for tensors in (found, expected)]
-            return f"its {name} is {shapes[0]}, not {shapes[1]}"
-    return ""
 
 
 def fingerprint(autoencoder: AutoencoderKL) -> str:

@@ -1,4 +1,4 @@
-"""Loading of CLIP networks (Radford et al. 2021), by name or from files, by open_clip."""
+"""Loading of CLIP networks (Radford et al. 2021) by open_clip, by name or from files."""
 
 import json
 import urllib.error
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import open_clip
-from safetensors import SafetensorError
 from torch import Tensor
 
 from models.config import ConditionerConfig
+from models.weights import load_weights
 
 NETWORK_TIMEOUT_S = 5.0
 LOCAL_FILE_HINT = "or set conditioner.pretrained to the path of a safetensors file"
+FOREIGN_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name"}
 
 
 class Clip(NamedTuple):
@@ -48,106 +49,102 @@ def load_clip(config: ConditionerConfig) -> Clip:
     Weights come from a safetensors file, fp32 or fp16, never from a pickle. Raises ValueError or
     FileNotFoundError, naming the option, when there is no such network or it cannot be had.
     """
-    name = _architecture(config.model)
-    weights, tag = _weights(name, config.pretrained)
-    normalisation = {key: tag[key] for key in ("mean", "std") if key in tag}
+    architecture = _architecture(config.model)
+    path, tag = _weights(config.model, config.pretrained)
+    if tag.get("quick_gelu"):
+        architecture["quick_gelu"] = True
+    separate_text_tower = architecture.pop("custom_text", False)
+    network = open_clip.CustomTextCLIP if separate_text_tower else open_clip.CLIP
     try:
-        model = open_clip.create_model(
-            name,
-            pretrained=str(weights),
-            force_quick_gelu=tag.get("quick_gelu", False),
-            force_preprocess_cfg=normalisation,
-        )
-    except SafetensorError as error:
+        model = network(**architecture)
+    except TypeError as error:
         raise ValueError(
-            f"conditioner.pretrained: {weights} is no safetensors file or is damaged ({error})"
+            f"conditioner.model: open_clip cannot build {config.model} ({error})"
         ) from error
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"conditioner.pretrained: {weights} holds another network than conditioner.model = "
-            f"{config.model} describes ({' '.join(str(error).split())[:200]})"
-        ) from error
-    model.eval().requires_grad_(False)
-    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    load_weights(
+        model,
+        path,
+        option="conditioner.pretrained",
+        described_by=f"conditioner.model = {config.model}",
+    )
+    text = architecture["text_cfg"]
     return Clip(
-        model=model,
-        tokenizer=open_clip.get_tokenizer(name),
-        image_mean=tuple(preprocessing["mean"]),
-        image_std=tuple(preprocessing["std"]),
+        model=model.eval().requires_grad_(False),
+        tokenizer=open_clip.SimpleTokenizer(
+            context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs", {})
+        ),
+        image_mean=tuple(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        image_std=tuple(tag.get("std") or open_clip.OPENAI_DATASET_STD),
     )
 
 
-def _architecture(model: str) -> str:
-    """open_clip's name of the architecture, which a JSON file may define."""
+def _architecture(model: str) -> dict[str, Any]:
+    """The options of open_clip's CLIP, from its own collection or from a JSON file."""
     if not model:
         raise ValueError(
             "conditioner.model is empty: set it to an open_clip architecture, such as ViT-H-14, "
             "or to the path of a model config in JSON"
         )
     if model.endswith(".json"):
-        name, architecture = Path(model).stem, _register(Path(model))
+        architecture = _read_architecture(Path(model))
     else:
-        name, architecture = model, open_clip.get_model_config(model) or {}
-    if not architecture:
+        architecture = (
+            open_clip.get_model_config(model) if model in open_clip.list_models() else None
+        )
+    if architecture is None:
         raise ValueError(
             f"conditioner.model: open_clip knows no architecture {model!r}; "
             f"`python -c 'import open_clip; print(open_clip.list_models())'` lists them"
         )
-    if {"hf_model_name", "hf_tokenizer_name"} & architecture["text_cfg"].keys():
+    if "multimodal_cfg" in architecture or FOREIGN_TEXT_TOWERS & architecture["text_cfg"].keys():
         raise ValueError(
             f"conditioner.model: the text tower of {model} is not CLIP's own: "
             f"choose another, such as ViT-H-14"
         )
-    return name
+    if "timm_model_name" in architecture["vision_cfg"]:
+        architecture["vision_cfg"]["timm_model_pretrained"] = False
+    return architecture
 
 
-def _register(path: Path) -> dict[str, Any]:
+def _read_architecture(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"conditioner.model: no file at {path}: correct the path")
     try:
         architecture = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"conditioner.model: {path} is not JSON ({error})") from error
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - architecture.keys()
-    if missing:
-        raise ValueError(f"conditioner.model: {path} lacks {', '.join(sorted(missing))}")
-    if open_clip.get_model_config(path.stem) not in (None, architecture):
-        raise ValueError(
-            f"conditioner.model: {path}: open_clip has another architecture of the name "
-            f"{path.stem}: rename the file"
-        )
-    open_clip.add_model_config(path)
+    if not isinstance(architecture, dict) or not all(
+        isinstance(architecture.get(tower), dict) for tower in ("vision_cfg", "text_cfg")
+    ):
+        raise ValueError(f"conditioner.model: {path} lacks vision_cfg or text_cfg")
     return architecture
 
 
-def _weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
+def _weights(model: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
     """The weights file, and what open_clip knows about it (nothing when it is not a tag's)."""
     if not pretrained:
         raise ValueError(
             "conditioner.pretrained is empty: set it to an open_clip tag, " + LOCAL_FILE_HINT
         )
-    tags = open_clip.list_pretrained_tags_by_model(name)
+    tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained in tags:
-        tag = open_clip.get_pretrained_cfg(name, pretrained)
-        return _download(name, pretrained, tag.get("hf_hub", "")), tag
-    path = Path(pretrained)
-    if path.suffix != ".safetensors":
-        known = f"tags of {name}: {', '.join(tags)}" if tags else f"{name} has no tags"
+        tag = open_clip.get_pretrained_cfg(model, pretrained)
+        return _download(model, pretrained, tag.get("hf_hub", "")), tag
+    if not pretrained.endswith(".safetensors"):
+        known = f"its tags: {', '.join(tags)}" if tags else "it has no tags"
         raise ValueError(
-            f"conditioner.pretrained = {pretrained} is no tag of {name} and no .safetensors file "
+            f"conditioner.pretrained = {pretrained} is no tag of {model} and no .safetensors file "
             f"({known})"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"conditioner.pretrained: no file at {path}: correct the path")
-    return path, {}
+    return Path(pretrained), {}
 
 
-def _download(name: str, pretrained: str, hub_path: str) -> Path:
+def _download(model: str, pretrained: str, hub_path: str) -> Path:
     repo, _, filename = hub_path.rpartition("/")
     if not repo:
         raise ValueError(
-            f"conditioner.pretrained = {pretrained}: {name} with this tag has no safetensors file: "
-            f"choose another tag, {LOCAL_FILE_HINT}"
+            f"conditioner.pretrained = {pretrained}: there is no safetensors file of {model} with "
+            f"this tag: choose another, {LOCAL_FILE_HINT}"
         )
     file = str(PurePosixPath(filename or "open_clip_model.bin").with_suffix(".safetensors"))
     cached = huggingface_hub.try_to_load_from_cache(repo, file)
@@ -159,7 +156,7 @@ def _download(name: str, pretrained: str, hub_path: str) -> Path:
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"conditioner.pretrained = {pretrained}: cannot download the weights of {name} "
+            f"conditioner.pretrained = {pretrained}: cannot download the weights of {model} "
             f"({reason}): download {repo}/{file} on a machine with a network, {LOCAL_FILE_HINT}"
         ) from error
 

@@ -15,7 +15,7 @@ from data.reader import ShardReader
 from data.stream import ImageStream
 from tests.unit.data.conftest import data_config, png
 from trainer.cli import load_config
-from trainer.pack import pack
+from trainer.packing import pack
 
 config = load_config(["+experiment=emoji_autoencoder"])
 
@@ -93,6 +93,16 @@ def test_a_damaged_set_is_made_again_to_the_byte(tmp_path, lost):
     (Path(data.train) / lost).unlink()
     run(data)
     assert {name: payload for name, (_, payload) in snapshot(data.train).items()} == before
+
+
+def test_a_shard_that_was_cut_off_is_made_again(tmp_path):
+    data = folder_config(tmp_path)
+    run(data)
+    shard = Path(data.train) / "000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000])
+    run(data)
+    assert shard.read_bytes() == whole
 
 
 def test_another_data_set_is_never_overwritten(tmp_path):

@@ -165,8 +165,8 @@ def test_a_killed_worker_is_an_error_and_not_a_gap(image_set):
     iterator = images(image_set(workers=1, prefetch=1)).steps(0)
     next(iterator)
     (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid or 0, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed"):
+    with pytest.raises((ChildProcessError, RuntimeError), match=r"data\.workers|is killed"):
+        os.kill(worker.pid or 0, signal.SIGKILL)
         list(islice(iterator, 10))
 
 
@@ -200,9 +200,9 @@ def test_flips_choose_the_mirrored_latents(latent_set):
 @pytest.mark.parametrize("extension", ["png", "txt"])
 def test_a_damaged_sample_is_replaced_and_no_other_moves(image_set, workers, extension):
     config = image_set(max_rejected_share=0.05, workers=workers)
-    sound = take(images(config), 6)
+    sound = take(images(config, micro_batch=4), 6)
     damage(config.train, 4, extension)
-    stream = images(config)
+    stream = images(config, micro_batch=4)
     for step, (batch, expected) in enumerate(zip(take(stream, 6), sound, strict=True)):
         np.testing.assert_array_equal(batch.index, expected.index)
         for row, number in enumerate(batch.index):
@@ -266,10 +266,13 @@ def test_a_set_whose_samples_carry_classes(tmp_path, image_set):
     assert images(config).read(np.array([0])).captions == ["7"]
 
 
-def test_a_missing_shard_is_named(image_set):
-    config = image_set()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_shard_is_named(image_set, workers):
+    config = image_set(workers=workers)
     (Path(config.train) / "000001.tar").unlink()
-    with pytest.raises(ManifestError, match=r"000001\.tar: the manifest in .* lists this shard"):
+    with pytest.raises(
+        ManifestError, match=r"^[^\n]*000001\.tar: the manifest in .* lists this shard.*$"
+    ):
         take(images(config), 6)
 
 

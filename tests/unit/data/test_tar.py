@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.codecs import BadSampleError, encode_npy
-from data.tar import BLOCK_BYTES, decode_index, index_shard, scan
+from data.tar import BLOCK_BYTES, MEMBER_DTYPE, decode_index, index_shard, scan
 
 REQUIRED = (("png", "jpg"), ("txt",))
 
@@ -219,7 +219,10 @@ def test_pickle_and_foreign_arrays_are_no_index():
     for payload in (
         objects.getvalue(),
         encode_npy(np.zeros(3)),
-        encode_npy(np.zeros(3, [("key", "S4"), ("exe", "<i8")])),
+        encode_npy(np.zeros(3, [("key", "S4"), ("png", "<i8")])),
+        encode_npy(np.zeros(3, [("key", "S4"), ("exe", MEMBER_DTYPE)])),
+        encode_npy(np.zeros(3, [("key", "<i8"), ("png", MEMBER_DTYPE)])),
+        encode_npy(np.zeros((3, 1), [("key", "S4"), ("png", MEMBER_DTYPE)])),
     ):
         with pytest.raises(BadSampleError):
             decode_index(payload)

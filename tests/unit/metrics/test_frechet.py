@@ -59,6 +59,14 @@ def test_distance_of_commuting_gaussians_is_the_closed_form(seed: int, d: int, z
     assert distance == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_a_narrow_direction_is_not_taken_for_an_empty_one():
+    # 1e-10 of variance beside 1 moves the distance by 2e-5.
+    values = torch.tensor([[1.0, 1e-10], [1.0, 1.0]], dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    distance = frechet_distance(*(gaussian(zero, v.diag()) for v in values))
+    assert distance == pytest.approx((1 - 1e-5) ** 2, abs=1e-9)
+
+
 def test_distance_of_a_rotated_gaussian_is_the_closed_form_in_two_dimensions():
     # tr (AB)^½ of 2x2 matrices is (tr AB + 2 (det AB)^½)^½.
     torch.manual_seed(1)

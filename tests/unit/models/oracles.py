@@ -1,10 +1,14 @@
 """diffusers' networks as oracles for ours: the same weights must give the same numbers."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Any: its lazy exports and its annotations mislead a type checker.
+diffusers: Any = importlib.import_module("diffusers")
 
 
 def load_both_ways(ours: nn.Module, theirs: nn.Module) -> None:

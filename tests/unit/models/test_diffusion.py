@@ -1,4 +1,5 @@
-import diffusers
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,6 +7,7 @@ from hypothesis import strategies as st
 
 from models.config import BetaSchedule, DiffusionConfig, LossWeight, PredictionType
 from models.diffusion import Diffusion
+from tests.unit.models.oracles import diffusers
 
 DIFFUSERS_SCHEDULE = {
     BetaSchedule.scaled_linear: "scaled_linear",
@@ -14,7 +16,7 @@ DIFFUSERS_SCHEDULE = {
 }
 
 
-def scheduler(config: DiffusionConfig) -> diffusers.DDPMScheduler:
+def scheduler(config: DiffusionConfig) -> Any:
     return diffusers.DDPMScheduler(
         num_train_timesteps=config.num_timesteps,
         beta_start=config.beta_start,
@@ -98,9 +100,7 @@ def test_velocity_is_read_at_pure_noise():
 
 def test_noise_prediction_at_pure_noise_is_refused():
     with pytest.raises(ValueError, match=r"diffusion.zero_terminal_snr .*prediction_type=epsilon"):
-        Diffusion(
-            DiffusionConfig(zero_terminal_snr=True, prediction_type=PredictionType.epsilon)
-        )
+        Diffusion(DiffusionConfig(zero_terminal_snr=True, prediction_type=PredictionType.epsilon))
 
 
 @pytest.mark.parametrize("prediction", PredictionType)

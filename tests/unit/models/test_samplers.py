@@ -1,6 +1,5 @@
 import math
 
-import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from torch import Tensor
 from models.config import DiffusionConfig, PredictionType, SamplerConfig, SamplerName
 from models.diffusion import Diffusion
 from models.samplers import guided, sample, trailing_timesteps
+from tests.unit.models.oracles import diffusers
 
 NOISE = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
@@ -44,7 +44,7 @@ def test_every_step_is_diffusers(prediction, steps, name, eta):
 
 
 @pytest.mark.parametrize("prediction", [PredictionType.v_prediction, PredictionType.sample])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.9])
 def test_every_ddim_step_from_pure_noise_is_diffusers(prediction, eta):
     config = DiffusionConfig(prediction_type=prediction, zero_terminal_snr=True)
     assert_steps_are_diffusers(config, 20, SamplerName.ddim, eta)
@@ -118,9 +118,15 @@ def test_solvers_converge_to_the_flow_at_their_order(name, shrinks_to, zero_term
     coarse, fine = (
         gaussian_error(SamplerName(name), steps, zero_terminal_snr) for steps in (40, 160)
     )
-    print(coarse, fine, fine/coarse)
     assert fine < shrinks_to * coarse
     assert fine < 0.01
+
+
+@pytest.mark.parametrize("steps", [3, 7, 30, 75, 999])
+def test_trailing_timesteps_are_diffusers_where_steps_do_not_divide(steps):
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert trailing_timesteps(1000, steps) == scheduler.timesteps.tolist()
 
 
 @settings(deadline=None, max_examples=100)
@@ -204,14 +210,29 @@ def test_guidance_extrapolates_from_null_in_one_batch(scale):
     torch.testing.assert_close(output, null + scale * (conditional - null), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("context", "null", "scale"), [(CONTEXT, NULL, 1.0), (None, None, 7.5)]
-)
+@pytest.mark.parametrize(("context", "null", "scale"), [(CONTEXT, NULL, 1.0), (None, None, 7.5)])
 def test_without_guidance_the_null_pass_is_skipped(context, null, scale):
     unet = Recorder()
     output = guided(unet, context, null, scale)(NOISE, TIMESTEPS)
     assert unet.samples == len(NOISE)
     torch.testing.assert_close(output, unet(NOISE, TIMESTEPS, context))
+
+
+def test_ddim_at_eta_one_forgets_pure_noise_at_once():
+    diffusion = Diffusion(DiffusionConfig(zero_terminal_snr=True))
+    config = SamplerConfig(steps=5, eta=1.0)
+    fresh = torch.randn(5, *NOISE.shape)
+    results = [
+        sample(
+            lambda latents, timesteps: torch.where(timesteps[0] == 999, 0.0, latents),
+            diffusion,
+            config,
+            noise,
+            step_noise=lambda step: fresh[step],
+        )
+        for noise in (NOISE, -NOISE)
+    ]
+    torch.testing.assert_close(*results)
 
 
 def test_ddim_at_eta_one_keeps_the_variance_of_the_data():

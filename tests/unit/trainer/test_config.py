@@ -1,0 +1,117 @@
+"""Every experiment composes; every mistake gets one line that names the path."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from trainer.checks import explain
+from trainer.cli import load_config
+
+ROOT = Path(__file__).parents[3]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiments_compose_and_are_named_after_their_file(experiment: str):
+    config = load_config([f"+experiment={experiment}"])
+    assert config.run.experiment == experiment
+    assert config.run.dir == f"runs/{experiment}/{config.run.name}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", "optim.lrr is no option (did you mean optim.lr?)"),
+        ("+optim.lrr=1", "optim.lrr is no option (did you mean optim.lr?)"),
+        ("++train.bach=1", "train.bach is no option"),
+        ("+trian=1", "trian is no option (did you mean train?)"),
+        ("optim.lr=fast", "optim.lr: Value 'fast'"),
+        ("optim.lr=???", "no value for optim.lr"),
+        ("train.micro_batch_size=7", "train.micro_batch_size=7"),
+        ("data.lanes=5", "data.lanes=5 does not divide train.global_batch_size"),
+        ("data.image_size=66", "data.image_size=66"),
+        ("data.image_size=72", "unet.block_out_channels"),
+        ("deepspeed.stage=4", "deepspeed.stage=4"),
+        ("unet.heads=[1]", "unet.heads needs 3 entries"),
+        ("unet.in_channels=3", "unet.in_channels=3 but autoencoder.latent_channels=4"),
+        ("unet.context_dim=64", "unet.context_dim=64"),
+        ("diffusion.prediction_type=epsilon", "diffusion.zero_terminal_snr"),
+        ("precompute.task=1", "precompute.task=1"),
+        ("data.source.val_share=1.5", "data.source.val_share=1.5"),
+        ("unet=nothing", "unet/nothing"),
+        ("conditioner.kind=smell", "conditioner.kind"),
+    ],
+)
+def test_mistakes_are_named(override: str, words: str):
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as caught:
+        load_config(["+experiment=emoji", override])
+    line = explain(caught.value)
+    assert words in line
+    assert "\n" not in line
+
+
+def test_all_contradictions_are_listed_at_once():
+    with pytest.raises(ValueError, match=r"data\.lanes=5.*unet\.heads"):
+        load_config(["+experiment=emoji", "data.lanes=5", "unet.heads=[1]"])
+
+
+def test_bf16_without_zero_is_refused():
+    options = ["+experiment=emoji", "train.precision=bf16", "deepspeed.stage=0"]
+    with pytest.raises(ValueError, match=r"deepspeed\.stage=0 with train\.precision=bf16"):
+        load_config(options)
+
+
+def test_no_experiment_says_so():
+    with pytest.raises(ValueError, match=r"add \+experiment=NAME"):
+        load_config([])
+
+
+def test_the_batch_must_divide_among_the_launched_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"x 3 rank\(s\)"):
+        load_config(["+experiment=emoji"])
+
+
+def command(*words: str, module: str = "trainer") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1():
+    done = command("+experiment=emoji", "optim.lrr=1")
+    assert done.returncode == 1
+    assert done.stderr == "error: optim.lrr is no option (did you mean optim.lr?)\n"
+
+
+def test_cfg_prints_the_tree_and_refuses_a_wrong_one():
+    done = command("+experiment=laion_512", "--cfg", "job")
+    assert done.returncode == 0
+    assert "global_batch_size: 2048" in done.stdout
+    wrong = command("+experiment=laion_512", "--cfg", "job", "unet.heads=[1]")
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: unet.heads")
+
+
+@pytest.mark.parametrize(
+    "module", ["trainer", "trainer.pack", "trainer.precompute", "trainer.evaluate", "trainer.sample"]
+)
+def test_nothing_heavy_is_imported_before_the_config_is_checked(module: str):
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['x', '+experiment=emoji', 'optim.lrr=1']\n"
+        "try:\n"
+        f"    runpy.run_module({module!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end)\n"
+        "print(sorted({'torch', 'deepspeed', 'webdataset', 'wandb'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-2].startswith("error: optim.lrr is no option")
+    assert done.stdout.splitlines()[-1] == "[]"
