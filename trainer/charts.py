@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from trainer.run_folder import Points
+from trainer.run_folder import LARGEST, Points
 
 WIDTH_IN, HEIGHT_IN = 5.0, 2.8
 MOST_POINTS = 600
@@ -62,7 +62,9 @@ def line_chart(
             mark.value, color=colours[mark.colour], linewidth=1.4, linestyle=mark.style, zorder=1
         )
     values = [y for line in lines if line.style != "faint" for _, y in line.points]
-    logarithmic = axis == "any" and bool(values) and 0 < min(values) * LOG_SCALE_FROM < max(values)
+    logarithmic = (
+        axis == "any" and bool(values) and 1 / LARGEST < min(values) * LOG_SCALE_FROM < max(values)
+    )
     if logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -71,6 +73,8 @@ def line_chart(
         axes.yaxis.set_major_locator(MaxNLocator(5))
     if axis == "from_zero":
         axes.set_ylim(bottom=min(0.0, *values) if values else 0.0)
+    last_step = max((line.points[-1][0] for line in lines if line.points), default=0)
+    axes.set_xlim(0, 1.02 * max(last_step, 1))
     _dress(axes, colours)
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
         text = io.StringIO()

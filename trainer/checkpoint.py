@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -173,8 +173,8 @@ class CheckpointWriter:
             _sync(part / f"{name}.part")
             (part / f"{name}.part").rename(part / name)
             receipt: dict[str, Any] = {name: _describe(part / name)}
-        except OSError as error:
-            receipt = {"error": f"{part / name}: {error.strerror or error}"}
+        except (OSError, SafetensorError) as error:  # the latter hides a full disk
+            receipt = {"error": f"{part / name}: {error}"}
         try:
             if not self._ranks.is_main:
                 _write_synced(part / f".{name}.receipt", json.dumps(receipt).encode())
@@ -182,9 +182,9 @@ class CheckpointWriter:
                 self._commit(part, receipt, state)
         except OSError as error:
             # training goes on with the previous checkpoint; the next save may find more space
-            print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr, flush=True)
             if self._ranks.is_main:
                 shutil.rmtree(part, ignore_errors=True)
+            print(f"warning: no checkpoint at step {step}: {error}", file=sys.stderr, flush=True)
 
     def _commit(self, part: Path, receipt: dict[str, Any], state: bytes) -> None:
         receipts = [receipt, *(self._receipt(part, r) for r in range(1, self._ranks.world_size))]

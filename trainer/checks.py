@@ -5,8 +5,9 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,6 +49,8 @@ def grad_accum_steps(config: Config, ranks: int) -> int:
 def explain(error: Exception) -> str:
     """One line for the person who typed the command; a misspelt key gets its nearest neighbour."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the override {error.override!r}: quote values with special characters"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     path = getattr(cause, "full_key", None)
@@ -72,7 +75,7 @@ def _keys(tree: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(node, f"{prefix}{key}.")
 
 
-def _paths(section: type, prefix: str = "") -> Iterator[str]:
+def _paths(section: Any, prefix: str = "") -> Iterator[str]:
     for name, kind in get_type_hints(section).items():
         yield prefix + name
         if is_dataclass(kind):

@@ -25,7 +25,7 @@ from trainer.distributed import join
 from trainer.images import save_png, to_uint8
 from trainer.streams import open_images
 
-EPOCHS = 24
+EPOCHS = 20
 BATCH = 128
 LEARNING_RATE = 1e-3
 

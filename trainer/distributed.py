@@ -62,11 +62,11 @@ def join() -> Ranks:
         torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_RANK", str(local))  # DeepSpeed takes it from nowhere else
     if not dist.is_initialized():
-        alone = world == 1 and "MASTER_ADDR" not in os.environ
+        # a process without a launcher is a job of one, on any free port
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
         dist.init_process_group(
             "nccl" if cuda else "gloo",
-            store=dist.HashStore() if alone else None,
-            init_method=None if alone else "env://",
             rank=rank,
             world_size=world,
             timeout=timedelta(minutes=30),

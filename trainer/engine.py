@@ -9,6 +9,7 @@ state to parameters at stages 1 and 2.
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -62,19 +63,19 @@ class Engine:
         self._config = config
         self._ranks = ranks
         self._stage = config.deepspeed.stage
-        engine, self._optimizer, _, _ = deepspeed.initialize(
+        initialised: tuple[Any, ...] = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(config.optim, module.parameters()),
             config=deepspeed_config(config, ranks.world_size),
             dist_init_required=False,
         )
-        self._engine = engine
+        self._engine, self._optimizer, *_ = initialised
         self._inner: torch.optim.Optimizer = (
-            engine.optimizer if self._stage == 0 else engine.basic_optimizer
+            self._optimizer if self._stage == 0 else self._engine.basic_optimizer
         )
         self._names = {
             name: parameter
-            for name, parameter in engine.module.named_parameters()
+            for name, parameter in self._engine.module.named_parameters()
             if parameter.requires_grad
         }
         self._create_state()
@@ -166,7 +167,8 @@ class Engine:
         decay = min(self._config.ema.decay, (1 + step) / (10 + step))
         flats = [flat.detach() for flat in self._flats()]
         averages = [self._inner.state[flat]["ema"] for flat in self._flats()]
-        torch._foreach_lerp_(averages, flats, 1 - decay)
+        for average, flat in zip(averages, flats, strict=True):
+            average.lerp_(flat, 1 - decay)
 
     def _plain_grad_norm(self) -> Tensor:
         gradients = [p.grad for p in self._names.values() if p.grad is not None]
@@ -176,9 +178,13 @@ class Engine:
         if self._stage == 0:
             tensor = parameter.detach() if key is None else self._inner.state[parameter][key]
             return tensor.float()
-        if key is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, key)
+        full = (
+            safe_get_full_fp32_param(parameter)
+            if key is None
+            else safe_get_full_optimizer_state(parameter, key)
+        )
+        assert full is not None, "DeepSpeed did not link this parameter to its state"
+        return full
 
     def _put(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
         value = value.to(self._ranks.device)

@@ -12,7 +12,6 @@ from data.manifest import FILE_NAME, Kind, Manifest, ManifestError, Rejected, Sh
 from data.sources import RawSample, hash_share, list_tars_of, open_source
 from data.storage import join, size_bytes
 from data.writer import ShardSetWriter, register_shard
-from trainer.cli import main
 from trainer.config import Config
 
 
@@ -181,7 +180,3 @@ def _describe(option: str, folder: Path, manifest: Manifest) -> None:
         print(f"  rejected {count}: {reason}")
     if manifest.licence:
         print(f"  licence: {manifest.licence}")
-
-
-if __name__ == "__main__":
-    main("trainer.pack:pack")

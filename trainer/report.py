@@ -6,7 +6,6 @@ The first folder is the page's run; the others are drawn into its charts for com
 import argparse
 import base64
 import io
-import math
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from trainer.charts import Line, Mark, line_chart, short_count, smoothed
-from trainer.run_folder import RunFolder, read_run
+from trainer.run_folder import LARGEST, RunFolder, read_run
 
 MOST_PICTURES = 24
 PICTURE_SIDE, THUMBNAIL_SIDE = 1280, 160
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [read_run(path) for path in (arguments.run, *arguments.others)]
         page = arguments.run / "report.html"
         unfinished = page.with_name(f".report.{os.getpid()}.tmp")
-        unfinished.write_text(render(runs, time.time()))
+        unfinished.write_text(render(runs, time.time()), encoding="utf-8", errors="replace")
         unfinished.replace(page)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -112,7 +111,7 @@ def render(runs: Sequence[RunFolder], now_s: float) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    max_steps = run.number("train", "max_steps")
+    max_steps, prompts = run.number("train", "max_steps"), run.section("eval").get("prompts")
     return environment.get_template("report.html.jinja").render(
         run=run,
         status=_status(run, now_s),
@@ -123,7 +122,7 @@ def render(runs: Sequence[RunFolder], now_s: float) -> str:
         pictures=pictures,
         lost_pictures=min(len(run.pictures), MOST_PICTURES) - len(pictures),
         reconstructs=run.config.get("task") == "autoencoder",
-        prompts=[str(prompt) for prompt in run.section("eval").get("prompts") or []],
+        prompts=prompts if isinstance(prompts, list) else [],
         others=[(other.name, _newest_picture(other)) for other in runs[1:]],
         comparison=_comparison(runs) if len(runs) > 1 else None,
         colour=_colour,
@@ -137,9 +136,9 @@ def render(runs: Sequence[RunFolder], now_s: float) -> str:
 def _status(run: RunFolder, now_s: float) -> tuple[str, str]:
     """A word for the style, and a sentence."""
     max_steps = run.number("train", "max_steps")
-    loss = max(run.series.get("train/loss", {}).items(), default=(0, 0.0))
-    if not math.isfinite(loss[1]):
-        return "bad", f"Diverged: the loss of step {loss[0]:,} is not a number"
+    step, loss = max(run.series.get("train/loss", {}).items(), default=(0, 0.0))
+    if not abs(loss) < LARGEST:
+        return "bad", f"Diverged: the loss of step {step:,} is {loss:.3g}"
     if max_steps is not None and run.last_step >= max_steps:
         return "good", "Finished"
     step_s = run.last("time/step_s") or 0.0
@@ -258,7 +257,7 @@ def _evaluation_charts(runs: Sequence[RunFolder]) -> Iterator[Chart]:
     for number, name in enumerate(dict.fromkeys(name for run in runs for name in _metrics(run))):
         lines, marks, legend = [], [], _names(runs)
         for i, other in enumerate(runs):
-            points, error = other.trained(f"eval/{name}"), other.series.get(f"eval/{name}_stderr")
+            points, error = other.trained(f"eval/{name}"), dict(other.points(f"eval/{name}_stderr"))
             band = [error.get(step, 0.0) for step, _ in points] if error else None
             lines.append(Line(points=points, colour=_colour(i), band=band))
         if shuffled := run.trained(f"eval/{name}_shuffled"):
@@ -291,10 +290,11 @@ def _training_charts(runs: Sequence[RunFolder]) -> Iterator[Chart]:
         ]
         svg = line_chart("loss", [raw, *lines])
         yield Chart(title="Loss", svg=Markup(svg), legend=legend)
-    by_timestep = sorted(key for key in run.series if key.startswith("train/loss_by_timestep/"))
+    by_timestep = [key for key in run.series if key.startswith("train/loss_by_timestep/")]
     if by_timestep:
         labels = [f"part {i + 1}" for i in range(len(by_timestep))]
         labels[0], labels[-1] = "least noise", "most noise"
+        by_timestep.sort(key=lambda key: (len(key), key))
         colours = [_colour(i) for i in range(len(by_timestep))]
         lines = [
             Line(points=smoothed(run.points(key)), colour=colour)

@@ -13,6 +13,9 @@ import yaml
 Points = list[tuple[int, float]]
 """Steps and values, in order of steps."""
 
+LARGEST = 1e30
+"""What is not below it, infinite or not, is a run that diverged."""
+
 
 @dataclass(slots=True)
 class RunFolder:
@@ -52,9 +55,9 @@ class RunFolder:
         return _number(self.section(section).get(name))
 
     def points(self, key: str) -> Points:
-        """Finite values in order of steps."""
+        """Values below LARGEST, in order of steps."""
         found = sorted(self.series.get(key, {}).items())
-        return [(step, value) for step, value in found if math.isfinite(value)]
+        return [(step, value) for step, value in found if abs(value) < LARGEST]
 
     def trained(self, key: str) -> Points:
         """The points after step 0, where nothing has been trained yet."""
@@ -65,7 +68,7 @@ class RunFolder:
         return dict(self.points(key)).get(0)
 
     def last(self, key: str) -> float | None:
-        """The newest finite value."""
+        """The newest of these values."""
         points = self.points(key)
         return points[-1][1] if points else None
 
@@ -79,7 +82,7 @@ def read_run(path: Path) -> RunFolder:
         raise FileNotFoundError(
             f"{path} has no metrics.jsonl: give the run.dir of a training that has started"
         )
-    series, damaged = read_metrics(log.read_text(errors="replace"))
+    series, damaged = read_metrics(log.read_text(encoding="utf-8", errors="replace"))
     if not series:
         raise ValueError(f"{log} holds no metrics yet: the run has not logged a step")
     config_text = _read_if_there(path / "config.yaml")
@@ -132,7 +135,7 @@ def _number(value: object) -> float | None:
 
 
 def _read_if_there(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _mapping(parse: Callable[[str], object], text: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def draw(config: Config) -> None:
     folder = Path(config.sample.out)
     with tqdm(total=config.sampler.steps, desc="sampling", unit="step", disable=None) as bar:
         images = pipeline.draw(
-            prompts, range(len(prompts)), config.sample.seed, lambda *_: bar.update()
+            prompts, range(len(prompts)), config.sample.seed, lambda step, _: _advance(bar)
         )
     about = {
         "checkpoint": str(checkpoint.path),
@@ -42,3 +42,7 @@ def draw(config: Config) -> None:
     columns = min(8, math.ceil(math.sqrt(len(prompts))))
     save_png(sheet, grid(images, columns), {"prompts": list(prompts), **about})
     print(f"{len(prompts)} images in {folder}; all of them: {sheet}")
+
+
+def _advance(bar: tqdm) -> None:
+    bar.update()

@@ -32,10 +32,15 @@ class Evaluation:
 class TrainingTask(Protocol):
     """A module, its data and its loss; the loop knows nothing else of what it trains."""
 
-    module: nn.Module
-    """What the optimizer trains."""
-    stream: Stream
-    """Where its batches come from."""
+    @property
+    def module(self) -> nn.Module:
+        """What the optimizer trains."""
+        ...
+
+    @property
+    def stream(self) -> Stream:
+        """Where its batches come from."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must say beside weights, as JSON values."""
