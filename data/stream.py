@@ -71,13 +71,13 @@ class Stream(ABC):
         rank: This process among `world`.
         world: Processes that share the global batch.
         flips: Which visits are mirrored; None: none.
+        command: What makes the data set, for errors.
 
     Raises:
         ValueError: the data set is missing, of another kind, or the batch sizes do not divide.
     """
 
     kind: ClassVar[Kind]
-    command: ClassVar[str]
 
     def __init__(
         self,
@@ -90,13 +90,11 @@ class Stream(ABC):
         rank: int,
         world: int,
         flips: Flips | None = None,
+        command: str = "",
     ) -> None:
         option = _option_of(dataset_dir, data_config)
-        self.manifest = Manifest.load(
-            dataset_dir,
-            option=option,
-            command=f"python -m {self.command} +experiment=…",
-        )
+        self.manifest = Manifest.load(dataset_dir, option=option, command=command)
+        self.command = command
         if self.manifest.kind is not self.kind:
             raise ManifestError(
                 f"{option}: {dataset_dir} holds {self.manifest.kind}, not {self.kind}"
@@ -271,7 +269,6 @@ class ImageStream(Stream):
     """Images, decoded while training: by data.workers processes, each building whole batches."""
 
     kind = Kind.images
-    command = "trainer.pack"
 
     def _read_ahead(self, requests: Iterator[_Request]) -> Generator[_Result, None, None]:
         workers = self.config.workers
@@ -292,7 +289,6 @@ class LatentStream(Stream):
     """Latents made by trainer.precompute: a thread that gathers from mapped shards is enough."""
 
     kind = Kind.latents
-    command = "trainer.precompute"
 
     def __init__(self, dataset_dir: str, data_config: DataConfig, **options: Any) -> None:
         super().__init__(dataset_dir, data_config, **options)
@@ -304,12 +300,12 @@ class LatentStream(Stream):
         if options.get("flips") is not None and not self._latents.flip:
             raise ValueError(
                 f"data.flip: {dataset_dir} has no mirrored latents; set data.flip=false, or "
-                f"delete them and run `python -m {self.command}` again"
+                f"delete them and run `{self.command}` again"
             )
         if data_config.store_text and not self._latents.text:
             raise ValueError(
                 f"data.store_text: {dataset_dir} has no text embeddings; set data.store_text=false,"
-                f" or delete it and run `python -m {self.command}` again"
+                f" or delete it and run `{self.command}` again"
             )
 
     def _arrays(self, stored: StoredSample, flip: bool) -> dict[str, np.ndarray]:

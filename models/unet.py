@@ -77,13 +77,14 @@ class UNet2DCondition(nn.Module):
         self._check_inputs(latents, context)
         time = F.silu(self.time_embedding(timesteps))
         run = _recomputed if self.config.gradient_checkpointing and self.training else _stored
-        x = self.conv_in(latents)
-        skips = [x]
+        skips = [self.conv_in(latents)]
         for down_block in self.down_blocks:
-            x = down_block(x, time, context, skips, run)
-        x = run(self.mid_block, x, time, context)
+            # not filled in place: a wrapped module, as of ZeRO stage 3, gets copies of lists
+            skips += down_block(skips[-1], time, context, run)
+        x = run(self.mid_block, skips[-1], time, context)
         for up_block in self.up_blocks:
-            x = up_block(x, time, context, skips, run)
+            own = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
+            x = up_block(x, time, context, own, run)
         return self.conv_out(self.conv_norm_out(x))
 
     def _check_inputs(self, latents: Tensor, context: Tensor | None) -> None:
@@ -158,19 +159,16 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList()
         self.downsamplers = nn.ModuleList()
 
-    def forward(
-        self, x: Tensor, time: Tensor, context: Tensor | None, skips: list[Tensor], run: Run
-    ) -> Tensor:
-        """x: [B, C, h, w] → [B, C', h/2, w/2]; every layer's output is appended to `skips`."""
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, run: Run) -> list[Tensor]:
+        """x: [B, C, h, w] → every layer's output, the last one [B, C', h/2, w/2]."""
+        outputs: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
             x = run(resnet, x, time)
             if self.attentions:
                 x = run(self.attentions[layer], x, context)
-            skips.append(x)
-        for downsample in self.downsamplers:
-            x = downsample(x)
-            skips.append(x)
-        return x
+            outputs.append(x)
+        outputs.extend(downsample(x) for downsample in self.downsamplers)
+        return outputs
 
 
 class UpBlock(nn.Module):
@@ -185,9 +183,9 @@ class UpBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, context: Tensor | None, skips: list[Tensor], run: Run
     ) -> Tensor:
-        """x: [B, C, h, w] → [B, C', 2h, 2w]; every ResBlock takes the last of `skips`."""
-        for layer, resnet in enumerate(self.resnets):
-            x = run(resnet, torch.cat([x, skips.pop()], dim=1), time)
+        """x: [B, C, h, w] → [B, C', 2h, 2w]; every ResBlock takes one of `skips`."""
+        for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = run(resnet, torch.cat([x, skip], dim=1), time)
             if self.attentions:
                 x = run(self.attentions[layer], x, context)
         for upsample in self.upsamplers:

@@ -1,6 +1,7 @@
 """Small real data and small real networks that every level of the tests shares."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from trainer.packing import pack
 from trainer.cli import load_config
 from trainer.config import Config
+from trainer.packing import pack
 
-COLOURS = ("red", "green", "blue", "black")
-SHAPES = ("circle", "square")
-PICTURES = 48
+LOOKS = [(c, s) for s in ("circle", "square") for c in ("red", "green", "blue", "black")]
+CAPTIONS = [f"a {colour} {shape}" for colour, shape in LOOKS * 6]
 NETWORKS = [
     "data.image_size=32",
     "autoencoder.block_out_channels=[8,8,16]",
@@ -48,19 +48,19 @@ RUN = [
 ]
 
 
-def draw_pictures(folder: Path, count: int = PICTURES) -> None:
+def draw_pictures(folder: Path, captions: Sequence[str] = CAPTIONS) -> None:
     """Captioned drawings: a coloured circle or square somewhere on white."""
     folder.mkdir(parents=True)
     draws = np.random.default_rng(0)
-    for number in range(count):
-        colour, shape = COLOURS[number % 4], SHAPES[number // 4 % 2]
+    for number, caption in enumerate(captions):
+        colour, shape = LOOKS[number % len(LOOKS)]
         image = Image.new("RGB", (40, 36), "white")
         left, top = draws.integers(2, 14, 2).tolist()
         box = (left, top, left + 18, top + 18)
         pencil = ImageDraw.Draw(image)
         (pencil.ellipse if shape == "circle" else pencil.rectangle)(box, fill=colour)
         image.save(folder / f"{number:03d}.png")
-        (folder / f"{number:03d}.txt").write_text(f"a {colour} {shape}")
+        (folder / f"{number:03d}.txt").write_text(caption)
 
 
 @dataclass(frozen=True)

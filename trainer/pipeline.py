@@ -39,10 +39,11 @@ class LatentScale:
 class LatentDiffusion(nn.Module):
     """All that is trained: the U-Net and, where it learns too, the conditioner."""
 
-    def __init__(self, unet: UNet2DCondition, conditioner: Conditioner) -> None:
+    def __init__(self, unet: UNet2DCondition, conditioner: Conditioner | None) -> None:
+        """conditioner: the one that is trained with the U-Net, if there is one."""
         super().__init__()
         self.unet = unet
-        self.conditioner = conditioner if conditioner.trainable else None
+        self.conditioner = conditioner
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, condition: Tensor | Captions | None
@@ -90,7 +91,8 @@ class Pipeline:
         if "latent_scale" not in checkpoint.state["task"]:
             raise ValueError(f"checkpoint.load: {checkpoint.path} is not of task=diffusion")
         conditioner = build_conditioner(config.conditioner)
-        module = LatentDiffusion(UNet2DCondition(config.unet), conditioner)
+        trained = conditioner if conditioner.trainable else None
+        module = LatentDiffusion(UNet2DCondition(config.unet), trained)
         try:
             module.load_state_dict(checkpoint.tensors("ema")["ema"])
         except RuntimeError as error:

@@ -26,6 +26,7 @@ def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) ->
         rank=ranks.rank,
         world=ranks.world_size,
         flips=_flips(config) if split == "train" else None,
+        command=f"python -m trainer.pack +experiment={config.run.experiment}",
     )
 
 
@@ -43,6 +44,7 @@ def open_latents(config: Config, ranks: Ranks) -> LatentStream:
         rank=ranks.rank,
         world=ranks.world_size,
         flips=_flips(config),
+        command=f"python -m trainer.precompute +experiment={config.run.experiment}",
     )
 
 

@@ -113,7 +113,7 @@ def test_missing_parts_name_the_path_and_the_command(shop: Workshop, tmp_path: P
     assert "data.source.path" in line
 
 
-def test_an_unknown_pretrained_tag_without_a_network(shop: Workshop, tmp_path: Path):
+def test_an_unknown_pretrained_tag_without_a_network(workshop: Workshop, tmp_path: Path):
     options = ["conditioner.model=ViT-B-32", "conditioner.pretrained=nothing"]
-    line = run("trainer", *shop.overrides("emoji", *options, run=tmp_path), fails=True)
+    line = run("trainer", *workshop.overrides("emoji", *options, run=tmp_path), fails=True)
     assert "conditioner.pretrained" in line

@@ -1,6 +1,5 @@
 """Training a first stage: reconstruct the image, keep the latents near N(0, I)."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,8 +86,9 @@ class AutoencoderTask:
     @torch.inference_mode()
     def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
         """PSNR of the validation images; the first few, above their reconstructions."""
-        module = copy.deepcopy(self.module).float()
-        module.load_state_dict(weights)
+        with torch.device("meta"):
+            module = FirstStage(AutoencoderKL(self._config.autoencoder))
+        module.load_state_dict(weights, assign=True)
         psnr, count = MeanPsnr(), self._validation.num_samples
         size = self._config.eval.batch_size
         first = min(PICTURES, count)

@@ -1,6 +1,5 @@
 """Training the denoiser on stored latents, with its condition dropped now and then."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +41,8 @@ class DiffusionTask:
         self._scale = self._check_latents()
         torch.manual_seed(config.run.seed)
         self._conditioner = build_conditioner(config.conditioner).to(ranks.device)
-        self.module = LatentDiffusion(UNet2DCondition(config.unet), self._conditioner)
+        trained = self._conditioner if self._conditioner.trainable else None
+        self.module = LatentDiffusion(UNet2DCondition(config.unet), trained)
         self.module.to(ranks.device)
         if config.train.compile:
             self.module.compile()
@@ -94,9 +94,12 @@ class DiffusionTask:
 
     def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
         """Draw and measure samples of averaged weights."""
-        module = copy.deepcopy(self.module).float()
-        module.load_state_dict(weights)
-        conditioner = module.conditioner or self._conditioner
+        with torch.device("meta"):
+            trained = self._conditioner.trainable
+            conditioner = build_conditioner(self._config.conditioner) if trained else None
+            module = LatentDiffusion(UNet2DCondition(self._config.unet), conditioner)
+        module.load_state_dict(weights, assign=True)
+        conditioner = conditioner or self._conditioner
         pipeline = Pipeline(
             self._config, module, conditioner, self._autoencoder, self._scale, self._ranks.device
         )

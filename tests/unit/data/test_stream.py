@@ -358,11 +358,11 @@ def test_a_set_of_the_other_kind_is_refused(latent_set, image_set):
         images(config)
 
 
-def test_a_missing_set_names_the_command(tmp_path):
+def test_a_missing_set_names_its_option(tmp_path):
     config = DataConfig(dir="d", train="d/train", val="d/val", latents="d/latents", image_size=8)
-    with pytest.raises(ManifestError, match=r"data\.latents: no manifest .* trainer\.precompute"):
+    with pytest.raises(ManifestError, match=r"data\.latents: no manifest"):
         latents(config)
-    with pytest.raises(ManifestError, match=r"data\.train: no manifest .* trainer\.pack"):
+    with pytest.raises(ManifestError, match=r"data\.train: no manifest"):
         images(config)
 
 

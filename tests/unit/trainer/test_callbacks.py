@@ -28,5 +28,14 @@ def test_without_a_terminal_there_is_a_line_an_interval(capsys: pytest.CaptureFi
     console.metrics(10, {"eval/fd_efficientnet_lite0": 101.25})
     console.close()
     first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == ["step", "10/100", "loss", "0.5000", "lr", "1.0e-03", "images/s", "12.0"]
+    assert first.split() == [
+        "step",
+        "10/100",
+        "loss",
+        "0.5000",
+        "lr",
+        "1.0e-03",
+        "images/s",
+        "12.0",
+    ]
     assert second.split() == ["step", "10/100", "fd_efficientnet_lite0", "101.2"]

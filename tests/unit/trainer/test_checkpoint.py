@@ -1,7 +1,9 @@
 import json
 import resource
 import signal
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -64,11 +66,11 @@ def test_any_flipped_bit_is_found_and_the_one_before_is_taken(
     if not (tmp_path / "step_00000002").exists():
         save(tmp_path, 1, 2)
     files = sorted((tmp_path / "step_00000002").iterdir())
-    place = choice % sum(path.stat().st_size for path in files)
-    for path in files:
-        if place < path.stat().st_size:
-            break
-        place -= path.stat().st_size
+    ends = list(accumulate(path.stat().st_size for path in files))
+    place = choice % ends[-1]
+    number = bisect_right(ends, place)
+    path = files[number]
+    place -= ends[number] - path.stat().st_size
     content = bytearray(path.read_bytes())
     content[place] ^= 1 << bit
     original = path.read_bytes()

@@ -78,7 +78,11 @@ def test_the_batch_must_divide_among_the_launched_ranks(monkeypatch: pytest.Monk
 
 def command(*words: str, module: str = "trainer") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", module, *words], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", module, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -98,7 +102,8 @@ def test_cfg_prints_the_tree_and_refuses_a_wrong_one():
 
 
 @pytest.mark.parametrize(
-    "module", ["trainer", "trainer.pack", "trainer.precompute", "trainer.evaluate", "trainer.sample"]
+    "module",
+    ["trainer", "trainer.pack", "trainer.precompute", "trainer.evaluate", "trainer.sample"],
 )
 def test_nothing_heavy_is_imported_before_the_config_is_checked(module: str):
     script = (
