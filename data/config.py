@@ -20,6 +20,8 @@ class SourceConfig:
     path: str = ""
     """folder: images with captions beside them; webdataset: folders of tars and brace patterns,
     joined by `::`."""
+    require_captions: bool = True
+    """folder: leave out images without a caption; an unconditional model needs none."""
     shard_samples: int = 10_000
     """Samples a shard."""
     val_share: float = 0.0

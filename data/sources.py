@@ -187,6 +187,7 @@ class ImageFolder:
             raise FileNotFoundError(
                 f"data.source.path: no folder at {config.source.path!r}; it should hold the images"
             )
+        self._require_captions = config.source.require_captions
         self._captions = self._read_tables()
         files = sorted(
             file.relative_to(self._folder).as_posix()
@@ -250,7 +251,7 @@ class ImageFolder:
         beside = file.with_suffix(".txt")
         if not caption and beside.is_file():
             caption = decode_text(beside.read_bytes())
-        if not caption:
+        if not caption and self._require_captions:
             raise BadSampleError("no caption")
         payload = file.read_bytes()
         image = decode_image(payload)

@@ -7,12 +7,23 @@ state to parameters at stages 1 and 2.
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
+from torch import Tensor, nn
+
+from trainer.checks import grad_accum_steps
+from trainer.config import Config, Precision
+from trainer.distributed import Ranks
+from trainer.optim import build_optimizer, learning_rate
+
+# DeepSpeed guesses its accelerator when it is imported, and warns where that is no GPU
+os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+import deepspeed
 from deepspeed.ops import __compatible_ops__
 from deepspeed.utils import (
     logger,
@@ -23,12 +34,6 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor, nn
-
-from trainer.checks import grad_accum_steps
-from trainer.config import Config, Precision
-from trainer.distributed import Ranks
-from trainer.optim import build_optimizer, learning_rate
 
 logger.setLevel(logging.ERROR)
 

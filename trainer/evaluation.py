@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.manifest import FILE_NAME
+from data.storage import join, size_bytes
 from data.stream import ImageStream
 from models.clip import load_clip
-from trainer import rng
+from trainer import distributed, rng
 from trainer.checkpoint import chosen_checkpoint
 from trainer.config import Config
-from trainer.distributed import Ranks, join
+from trainer.distributed import Ranks
 from trainer.images import grid, save_png, to_uint8
 from trainer.metrics.clip_score import ClipScore
 from trainer.metrics.features import FeatureExtractor, build_feature_extractor
@@ -43,7 +45,7 @@ def evaluate(config: Config) -> None:
 
     Raises: FileNotFoundError or ValueError naming what is missing.
     """
-    ranks = join()
+    ranks = distributed.join()
     checkpoint = chosen_checkpoint(config)
     evaluator = Evaluator(config, ranks)
     result = evaluator.evaluate(Pipeline.load(config, checkpoint, ranks.device))
@@ -90,7 +92,14 @@ class Evaluator:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def baselines(self) -> dict[str, float]:
-        """Fréchet distance of real validation images: about what perfect samples would have."""
+        """Fréchet distance of real validation images: about what perfect samples would have.
+
+        Empty where the experiment keeps no validation images.
+        """
+        try:
+            size_bytes(join(self._config.data.val, FILE_NAME))
+        except FileNotFoundError:
+            return {}
         validation = open_images(self._config, self._ranks, "val")
         values: dict[str, float] = {"floor/num_samples": validation.num_samples}
         for extractor, reference in zip(self._extractors, self._references, strict=True):

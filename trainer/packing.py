@@ -39,7 +39,13 @@ def _targets(data: DataConfig) -> dict[str, Path]:
 
 def _fingerprint(data: DataConfig, raw: str) -> str:
     source = data.source
-    options = [source.kind.value, source.shard_samples, source.val_share, raw]
+    options = [
+        source.kind.value,
+        source.shard_samples,
+        source.val_share,
+        source.require_captions,
+        raw,
+    ]
     return hashlib.sha256(json.dumps(options).encode()).hexdigest()
 
 

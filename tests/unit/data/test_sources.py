@@ -204,3 +204,11 @@ def test_hash_shares_are_uniform_and_fixed():
     shares = [hash_share(str(number)) for number in range(4000)]
     assert abs(np.mean(np.array(shares) < 0.1) - 0.1) < 0.02
     assert hash_share("cat") == pytest.approx(0.46752116347640477)
+
+
+def test_captions_may_be_missing_where_no_model_reads_them(tmp_path):
+    (tmp_path / "lonely.png").write_bytes(png(3))
+    options = SourceConfig(path=str(tmp_path), require_captions=False)
+    (sample,) = open_source(data_config(tmp_path, source=options))
+    assert isinstance(sample, RawSample)
+    assert sample.caption == ""

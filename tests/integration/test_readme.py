@@ -1,0 +1,72 @@
+"""Every command that the documents show is run here, on the workshop's small data."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import Workshop
+from trainer.cli import load_config
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", "conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"]
+OTHERS_RUN_IT = {"make test": "the tests themselves", "git clone": "CI", "cd ": "CI"}
+
+
+def shown_commands() -> list[str]:
+    commands = []
+    for document in DOCUMENTS:
+        blocks = re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        commands += [line.partition(" #")[0].strip() for line in lines if line.strip()]
+    return commands
+
+
+def expanded(command: str) -> list[str]:
+    """`make demo` stands for the commands it would run."""
+    if command != "make demo":
+        return [command]
+    listed = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [line for line in listed.stdout.splitlines() if " -m trainer" in line]
+
+
+def test_every_command_that_is_shown_runs(workshop: Workshop, tmp_path: Path):
+    commands = [one for command in shown_commands() for one in expanded(command)]
+    assert len(commands) > 8
+    for command in commands:
+        if any(command.startswith(start) for start in OTHERS_RUN_IT):
+            continue
+        program, *words = shlex.split(command)
+        if program in ("sbatch", "source"):
+            arguments = [word for word in words if "=" in word and not word.startswith("--")]
+            (script,) = [ROOT / word for word in words if word.startswith("slurm/")]
+            assert script.exists()
+            if program == "sbatch":
+                load_config(arguments)
+            continue
+        assert program == ".venv/bin/python", command
+        done = subprocess.run(
+            [sys.executable, *words, *adapted(words, workshop, tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+
+
+def adapted(words: list[str], workshop: Workshop, run: Path) -> list[str]:
+    """Overrides that send a command to the workshop."""
+    if "trainer.report" in words:
+        return [str(run / "emoji")]
+    if "--cfg" in words:
+        return []
+    experiment = next(word for word in words if word.startswith("+experiment=")).partition("=")[2]
+    small = workshop.overrides(experiment, "train.max_steps=2", run=run / experiment)
+    own = [f"sample.out={run / 'drawn'}", f"conditioner.pretrained={run / 'clip.safetensors'}"]
+    if "trainer.clip" not in words:
+        own = own[:1]
+    return [*small[1:], *own]
