@@ -18,6 +18,9 @@ demo: $(INSTALLED)
 	$(PY) -m trainer $(EXPERIMENT)
 	$(PY) -m trainer.evaluate $(EXPERIMENT)
 	$(PY) -m trainer.report runs/emoji/demo
+	@echo "samples:  $$(ls runs/emoji/demo/samples/step_*.png | tail -n 1)"
+	@echo "report:   runs/emoji/demo/report.html"
+	@echo "metrics:  runs/emoji/demo/metrics.jsonl"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

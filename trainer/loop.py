@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.cursor import Cursor
 from data.stream import Batch
 from trainer.callbacks import Callback, Callbacks
@@ -97,7 +99,7 @@ class Run:
             step, done = progress.step, progress.step == config.train.max_steps
             stopping = stop.agreed()
             if step % config.train.log_every == 0 or done:
-                self.callbacks.metrics(step, self.meter.values())
+                self._log()
             if not progress.evaluated and not stopping:
                 self._evaluate({})
             if done or stopping or step % config.checkpoint.every == 0:
@@ -135,6 +137,13 @@ class Run:
         progress.skipped_steps += not result.applied
         at_end = progress.step == self.config.train.max_steps
         progress.evaluated = not (at_end or (every and progress.step % every == 0))
+
+    def _log(self) -> None:
+        rejected = torch.tensor(float(len(self.task.stream.rejected)), dtype=torch.float64)
+        counts = {"data/rejected": rejected}
+        self.ranks.sum_(counts)
+        values = self.meter.values() | {name: count.item() for name, count in counts.items()}
+        self.callbacks.metrics(self.progress.step, values)
 
     def _evaluate(self, extra: dict[str, float]) -> None:
         start_s, step = time.perf_counter(), self.progress.step

@@ -19,7 +19,9 @@ class StopRequest:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        # Later signals change nothing: a checkpoint is being written as fast as it can be.
+        # later signals change nothing: a checkpoint is being written as fast as it can be
+        if not self._heard and self._ranks.is_main:
+            print(f"{signal.Signals(number).name}: stopping after this step", flush=True)
         self._heard = True
 
     def agreed(self) -> bool:
