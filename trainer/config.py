@@ -38,7 +38,7 @@ class LrSchedule(StrEnum):
 
 
 class WandbMode(StrEnum):
-    """auto: online where a key is found, else offline."""
+    """auto: online where WANDB_API_KEY is set, else offline."""
 
     auto = "auto"
     online = "online"

@@ -1,5 +1,6 @@
 """Weights & Biases: a mirror of metrics.jsonl that may fail without harm."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from trainer.config import RunConfig, WandbConfig, WandbMode
 
 
 class Wandb:
-    """Online, offline or, with `auto`, online where a key is found; the first failure ends it."""
+    """Online, offline or, with `auto`, online where there is a key; the first failure ends it."""
 
     def __init__(
         self, config: WandbConfig, run: RunConfig, about: Mapping[str, Any], run_id: str
@@ -20,7 +21,7 @@ class Wandb:
         self._failed = False
         mode = config.mode
         if mode is WandbMode.auto:
-            mode = WandbMode.online if wandb.api.api_key else WandbMode.offline
+            mode = WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.offline
         self._guard(lambda: self._start(config, run, about, run_id, mode))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
