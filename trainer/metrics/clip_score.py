@@ -76,11 +76,6 @@ class ClipScore:
             "text_sum": self._text_sum,
         }
 
-    def merge(self, other: "ClipScore") -> None:
-        """Adds the samples that other has seen."""
-        for mine, theirs in zip(self.state().values(), other.state().values(), strict=True):
-            mine += theirs.to(mine.device)
-
     def compute(self) -> dict[str, float]:
         """clip_score, its standard error, and clip_score_shuffled: cosines in [-1, 1].
 

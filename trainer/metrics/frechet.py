@@ -42,11 +42,6 @@ class GaussianMoments:
             total.copy_(state[name])
         return moments
 
-    def merge(self, other: "GaussianMoments") -> None:
-        """Adds the samples that other has seen."""
-        for mine, theirs in zip(self.state().values(), other.state().values(), strict=True):
-            mine += theirs.to(mine.device)
-
     @property
     def count(self) -> int:
         """Samples seen."""

@@ -54,7 +54,8 @@ def test_scores_are_the_average_over_pairs_and_over_derangements(n: int, cut: in
     for rank, part in zip(ranks, (rows[:cut], rows[cut:]), strict=True):
         if part:
             update(rank, part)
-    ranks[0].merge(ranks[1])
+    for name, total in ranks[0].state().items():
+        total += ranks[1].state()[name]
     result = ranks[0].compute()
 
     cosines = F.cosine_similarity(images[:, None], texts[None], dim=2)
