@@ -18,8 +18,8 @@ class SourceConfig:
 
     kind: SourceKind = SourceKind.folder
     path: str = ""
-    """folder: images with captions beside them; webdataset: folders of tars and brace patterns,
-    joined by `::`."""
+    """folder: images with captions beside them; webdataset: folders of tars (img2dataset's, too),
+    brace patterns, joined by `::`. Paths or URLs."""
     require_captions: bool = True
     """folder: leave out images without a caption; an unconditional model needs none."""
     shard_samples: int = 10_000
@@ -28,6 +28,41 @@ class SourceConfig:
     """Share of the concepts (folder: samples, webdataset: tars) kept for validation, by hash."""
     skin_tone_share: float = 1.0
     """openmoji: share of the skin-tone variants kept, chosen by hash."""
+    workers: int = 4
+    """webdataset: tars indexed at the same time."""
+
+
+class Missing(StrEnum):
+    """What a filter does with a sample that lacks its field."""
+
+    drop = "drop"
+    keep = "keep"
+
+
+@dataclass(slots=True, kw_only=True)
+class FilterConfig:
+    """A rule on one field of a sample's metadata; a sample stays if every rule keeps it."""
+
+    field: str
+    """A field of the sample's JSON or of the parquet beside its tar; or, derived from the sample:
+    width, height, aspect (long side by short side), caption_length (characters)."""
+    min: float | None = None
+    """Smallest number kept."""
+    max: float | None = None
+    """Largest number kept."""
+    allowed: list[str] = field(default_factory=list)
+    """Strings kept; empty: any."""
+    missing: Missing = Missing.drop
+
+
+@dataclass(slots=True, kw_only=True)
+class CacheConfig:
+    """Where shards of a remote data set are kept while they are needed: once a node."""
+
+    dir: str = ""
+    """A folder on a local disk; empty: `latent-foundry` in the system's temporary folder."""
+    max_gib: float = 64.0
+    """Bytes of shards kept at most, in GiB."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,4 +93,7 @@ class DataConfig:
     """Micro batches read ahead."""
     max_rejected_share: float = 0.01
     """Precompute and training stop when more than this share of the samples is bad."""
+    filters: list[FilterConfig] = field(default_factory=list)
+    """Rules by which `trainer.pack` leaves samples out."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     source: SourceConfig = field(default_factory=SourceConfig)

@@ -166,6 +166,8 @@ class PrecomputeConfig:
     num_tasks: int = 1
     batch_size: int = 64
     precision: Precision = Precision.fp32
+    workers: int = 2
+    """Processes that decode and transform images while others are encoded."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -200,5 +202,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    verify: bool = False
+    """trainer.pack: read every byte of the data sets again and print what differs."""
+    stats: bool = False
+    """trainer.pack: show what the data sets hold, in numbers and a contact sheet."""
     precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
