@@ -43,8 +43,8 @@ class Missing(StrEnum):
 class FilterConfig:
     """A rule on one field of a sample's metadata; a sample stays if every rule keeps it."""
 
-    field: str
-    """A field of the sample's JSON or of the parquet beside its tar; or, derived from the sample:
+    name: str
+    """Of a field of the sample's JSON or of the parquet beside its tar; or, derived from the sample:
     width, height, aspect (long side by short side), caption_length (characters)."""
     min: float | None = None
     """Smallest number kept."""
