@@ -7,13 +7,15 @@ every size that the data states.
 import io
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from mmap import mmap
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 CAPTION_EXTENSIONS = ("txt", "cls")
@@ -21,17 +23,40 @@ ARRAY_EXTENSIONS = ("moments.npy", "flip.moments.npy", "text.npy")
 EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, *ARRAY_EXTENSIONS, "json"))
 """Members of any other name are never read."""
 
+MAX_IMAGE_BYTES = 2**28
 MAX_PIXELS = 2**26
 MAX_TEXT_BYTES = 2**16
 MAX_JSON_BYTES = 2**20
 MAX_JSON_DEPTH = 32
 MAX_ARRAY_BYTES = 2**28
+MAX_ARRAY_HEADER_BYTES = 2**14
 
 Buffer = bytes | memoryview | mmap
 
 
+QUARTER_TURNS = range(5, 9)
+"""EXIF orientations that swap width and height."""
+
+
 class BadSampleError(ValueError):
     """A sample that cannot be used; the message is the reason, without the sample's name."""
+
+
+@contextmanager
+def _opened(payload: Buffer) -> Iterator[Image.Image]:
+    """Open an image of bounded size, reading no more than its header."""
+    if len(payload) > MAX_IMAGE_BYTES:
+        raise BadSampleError(f"image of {len(payload)} bytes is over {MAX_IMAGE_BYTES}")
+    try:
+        image = Image.open(io.BytesIO(payload), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise BadSampleError(f"image of {image.width}x{image.height} is over {MAX_PIXELS} px")
+        yield image
+    except BadSampleError:
+        raise
+    except Exception as error:
+        # Pillow's decoders answer damaged input with nearly every built-in exception.
+        raise BadSampleError(f"image cannot be decoded ({type(error).__name__})") from error
 
 
 def decode_image(payload: Buffer) -> Image.Image:
@@ -40,21 +65,26 @@ def decode_image(payload: Buffer) -> Image.Image:
     Raises:
         BadSampleError: not an image of these formats, damaged, or over MAX_PIXELS.
     """
-    try:
-        image = Image.open(io.BytesIO(payload), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadSampleError(f"image of {image.width}x{image.height} is over {MAX_PIXELS} px")
+    with _opened(payload) as image:
         image = ImageOps.exif_transpose(image)
         if image.has_transparency_data:
             layer = image.convert("RGBA")
             image = Image.new("RGBA", layer.size, "white")
             image.alpha_composite(layer)
         return image.convert("RGB")
-    except BadSampleError:
-        raise
-    except Exception as error:
-        # Pillow's decoders answer damaged input with nearly every built-in exception.
-        raise BadSampleError(f"image cannot be decoded ({type(error).__name__})") from error
+
+
+def image_size(payload: Buffer) -> tuple[int, int]:
+    """Return the (width, height) that `decode_image` would give, from the header alone.
+
+    Raises:
+        BadSampleError: not an image of these formats, or over MAX_PIXELS.
+    """
+    with _opened(payload) as image:
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+        turned = exif.get(ExifTags.Base.Orientation, 1) in QUARTER_TURNS
+        return (image.height, image.width) if turned else image.size
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -76,7 +106,8 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     except Exception as error:
         # numpy's parser raises whatever its evaluation of literals meets
         raise BadSampleError("array header cannot be read") from error
-    if dtype.hasobject or fortran_order or any(side < 0 for side in shape):
+    plain = dtype.itemsize > 0 and not dtype.hasobject and not fortran_order
+    if not plain or any(type(side) is not int or side < 0 for side in shape):
         raise BadSampleError(f"array of {dtype} is not plain row-major data")
     return dtype, shape
 
@@ -91,11 +122,16 @@ def decode_npy(payload: Buffer) -> np.ndarray:
         raise BadSampleError(f"array of {len(payload)} bytes is over {MAX_ARRAY_BYTES}")
     length_bytes = 2 if payload[6:7] == b"\x01" else 4
     start = 8 + length_bytes + int.from_bytes(payload[8 : 8 + length_bytes], "little")
+    if start > MAX_ARRAY_HEADER_BYTES:
+        raise BadSampleError(f"array header of {start} bytes is over {MAX_ARRAY_HEADER_BYTES}")
     dtype, shape = _npy_header(bytes(payload[:start]))
     count = math.prod(shape)
     if start + count * dtype.itemsize != len(payload):
         raise BadSampleError(f"array of {shape} {dtype} does not fit {len(payload)} bytes")
-    return np.frombuffer(payload, dtype, count, start).reshape(shape)
+    try:
+        return np.frombuffer(payload, dtype, count, start).reshape(shape)
+    except ValueError as error:  # more dimensions, or larger ones, than numpy has
+        raise BadSampleError(f"array of {len(shape)} dimensions cannot be formed") from error
 
 
 def encode_npy(array: np.ndarray) -> bytes:

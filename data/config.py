@@ -44,7 +44,7 @@ class FilterConfig:
     """A rule on one field of a sample's metadata; a sample stays if every rule keeps it."""
 
     name: str
-    """Of a field of the sample's JSON or of the parquet beside its tar; or, derived from the sample:
+    """A field of the sample's JSON or of the parquet beside its tar; or, derived from the sample:
     width, height, aspect (long side by short side), caption_length (characters)."""
     min: float | None = None
     """Smallest number kept."""
@@ -56,13 +56,23 @@ class FilterConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class MixtureConfig:
+    """One of several sets of latents that share every batch."""
+
+    latents: str
+    """Latent shards that `trainer.precompute` made."""
+    weight: float
+    """Share of every batch, relative to the other sets."""
+
+
+@dataclass(slots=True, kw_only=True)
 class CacheConfig:
     """Where shards of a remote data set are kept while they are needed: once a node."""
 
     dir: str = ""
-    """A folder on a local disk; empty: `latent-foundry` in the system's temporary folder."""
+    """A folder on a local disk; empty: `latent-foundry-UID` in the system's temporary folder."""
     max_gib: float = 64.0
-    """Bytes of shards kept at most, in GiB."""
+    """Bound of what the folder holds, in GiB."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +87,8 @@ class DataConfig:
     """Image shards never trained on."""
     latents: str = "${.dir}/latents"
     """Latent shards that `trainer.precompute` makes from `train`."""
+    mixture: list[MixtureConfig] = field(default_factory=list)
+    """Sets of latents to train on together, instead of `latents`."""
     image_size: int
     """Side of the square image in pixels: short side resized, centre cropped."""
     flip: bool = False

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from data.storage import join, read_bytes, write_atomic
+from data.storage import join, read_bytes, size_bytes, write_atomic
 
 FILE_NAME = "manifest.json"
 REJECTED_NAME = "rejected.jsonl"
@@ -35,6 +35,12 @@ class Rejected:
     reason: str
     shard: str = ""
     """The shard's name, or empty where the sample never got into one."""
+
+
+def write_ledger(path: Path, rejected: Iterable[Rejected]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected)
+    write_atomic(path, lines.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +70,16 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilterCount:
+    """What one of `data.filters` did; a sample counts for the first rule that drops it."""
+
+    rule: str
+    """In words."""
+    kept: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LatentInfo:
     """Where latents come from, and what they are."""
 
@@ -81,8 +97,13 @@ class LatentInfo:
     """Of each channel, over the whole set."""
     flip: bool = False
     """Whether every sample has the moments of its mirror image, too."""
-    text: bool = False
-    """Whether every sample has the text encoder's output."""
+    text_encoder: str = ""
+    """Fingerprint of the text encoder whose output every sample has; empty: none has."""
+
+    @property
+    def text(self) -> bool:
+        """Whether every sample has a text encoder's output."""
+        return bool(self.text_encoder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +118,10 @@ class Manifest:
     """Terms and attribution of the images."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Samples left out, counted by reason; `rejected.jsonl` lists them."""
+    filters: list[FilterCount] = field(default_factory=list)
+    """Rules by which sound samples were left out, in their order."""
+    downloads: dict[str, int] = field(default_factory=dict)
+    """img2dataset's counts of what it tried to fetch, what it got and what failed."""
     source: str = ""
     """Fingerprint of the raw data and options that the shards were made from."""
     base: str = ""
@@ -116,15 +141,13 @@ class Manifest:
     @property
     def hash(self) -> str:
         """The data set's identity: its kind, shards and latents, wherever they lie."""
-        identity = asdict(self)
-        for name in ("licence", "rejected", "source", "base", "image_size"):
-            del identity[name]
+        document = asdict(self)
+        identity = {name: document[name] for name in ("kind", "shards", "latents")}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path, rejected: Iterable[Rejected] = ()) -> None:
         """Write `rejected.jsonl`, then `manifest.json`, whose presence says that all is there."""
-        lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in rejected)
-        write_atomic(folder / REJECTED_NAME, lines.encode())
+        write_ledger(folder / REJECTED_NAME, rejected)
         document = {"version": VERSION, "hash": self.hash, **asdict(self)}
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         write_atomic(folder / FILE_NAME, text.encode())
@@ -165,12 +188,31 @@ class Manifest:
         return manifest
 
 
+def data_sets(folders: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the folders that hold a manifest, by the option that names them.
+
+    Raises:
+        ValueError: none does.
+    """
+    found = {}
+    for option, folder in folders.items():
+        try:
+            size_bytes(join(folder, FILE_NAME))
+        except FileNotFoundError:
+            continue
+        found[option] = folder
+    if not found:
+        raise ValueError(f"no data set at {', '.join(folders.values())}: run trainer.pack first")
+    return found
+
+
 def _parse(document: dict[str, Any]) -> Manifest:
     """Build a manifest from JSON, checking every entry against the type of its field."""
     latents = document["latents"]
     entries = {
         "kind": Kind(document["kind"]),
         "shards": [_build(Shard, shard) for shard in document["shards"]],
+        "filters": [_build(FilterCount, count) for count in document["filters"]],
         "latents": None if latents is None else _build(LatentInfo, latents),
     }
     return _build(Manifest, document | entries)

@@ -1,20 +1,28 @@
 """Raw images with captions, one by one, from wherever they are; `trainer.pack` shards them."""
 
-import csv
 import hashlib
-import io
-import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from webdataset.shardlists import expand_urls
 
-from data.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_image, decode_text, encode_png
+from data.caption_tables import read_tables
+from data.codecs import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    BadSampleError,
+    decode_image,
+    decode_text,
+    encode_png,
+)
 from data.config import DataConfig, SourceKind
 from data.manifest import Rejected
 from data.storage import list_tars, local_path
@@ -33,7 +41,8 @@ class RawSample:
     caption: str
     width: int
     height: int
-    metadata: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What else is known of it."""
 
 
 class Source(Protocol):
@@ -65,20 +74,27 @@ def list_tars_of(pattern: str) -> tuple[str, list[str]]:
 
     Raises:
         FileNotFoundError: nothing is named, or a folder holds no tar.
+        ValueError: a URL's scheme is not allowed, or a tar is named twice.
     """
     if not pattern:
         raise FileNotFoundError("data.source.path: name the folder or the tars to use")
     tars: list[str] = []
-    for location in expand_urls(pattern):
-        found = [location] if location.endswith(".tar") else list_tars(location)
-        if not found:
-            raise FileNotFoundError(f"data.source.path: no .tar files in {location!r}")
-        tars += found
-    paths = [local_path(tar) for tar in tars]
+    try:
+        for location in expand_urls(pattern):
+            found = [location] if location.endswith(".tar") else list_tars(location)
+            if not found:
+                raise FileNotFoundError(f"data.source.path: no .tar files in {location!r}")
+            tars += found
+        paths = [local_path(tar) for tar in tars]
+    except ValueError as error:
+        raise ValueError(f"data.source.path: {error}") from error
     tars = [
         tar if path is None else path.absolute().as_posix()
         for tar, path in zip(tars, paths, strict=True)
     ]
+    for tar, number in Counter(tars).items():
+        if number > 1:
+            raise ValueError(f"data.source.path: {tar} is named {number} times")
     folders = [tar.split("/")[:-1] for tar in tars]
     shared = takewhile(lambda column: len(set(column)) == 1, zip(*folders, strict=False))
     base = "/".join(column[0] for column in shared)
@@ -174,8 +190,7 @@ def _code_points(stem: str) -> list[int]:
 class ImageFolder:
     """Images below a folder, with captions beside them.
 
-    A caption is looked up in `metadata.jsonl` (`{"file_name": …, "text": …}` a line), then in
-    `captions.csv` (columns `file_name` and `text`), then in a .txt file of the image's stem.
+    A caption is looked up in the folder's tables, then in a .txt file of the image's stem.
     """
 
     licence = ""
@@ -188,7 +203,7 @@ class ImageFolder:
                 f"data.source.path: no folder at {config.source.path!r}; it should hold the images"
             )
         self._require_captions = config.source.require_captions
-        self._captions = self._read_tables()
+        self._rows = read_tables(self._folder)
         files = sorted(
             file.relative_to(self._folder).as_posix()
             for file in self._folder.rglob("*")
@@ -199,27 +214,7 @@ class ImageFolder:
                 f"data.source.path: no images ({', '.join(IMAGE_EXTENSIONS)}) below {self._folder}"
             )
         self._files = files
-        self._missing = sorted(self._captions.keys() - set(files))
-
-    def _read_tables(self) -> dict[str, str]:
-        captions = {}
-        table = self._folder / "captions.csv"
-        if table.exists():
-            rows = csv.DictReader(io.StringIO(table.read_text("utf-8-sig")))
-            if not {"file_name", "text"} <= set(rows.fieldnames or ()):
-                raise ValueError(f"{table}: the first line must name the columns file_name, text")
-            captions |= {row["file_name"]: row["text"] or "" for row in rows}
-        table = self._folder / "metadata.jsonl"
-        if table.exists():
-            for number, line in enumerate(table.read_text("utf-8-sig").splitlines(), start=1):
-                try:
-                    row = json.loads(line)
-                    captions[str(row["file_name"])] = str(row["text"])
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise ValueError(
-                        f'{table}, line {number}: expected {{"file_name": …, "text": …}}'
-                    ) from error
-        return captions
+        self._missing = sorted(self._rows.keys() - set(files))
 
     def fingerprint(self) -> str:
         """Hash the names, sizes and times of all images and captions."""
@@ -227,8 +222,8 @@ class ImageFolder:
         for file in sorted(self._folder.rglob("*")):
             if file.is_file():
                 facts = file.stat()
-                name = file.relative_to(self._folder).as_posix()
-                digest.update(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+                name = os.fsencode(file.relative_to(self._folder))
+                digest.update(b"%s\0%d\0%d\n" % (name, facts.st_size, facts.st_mtime_ns))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -239,21 +234,24 @@ class ImageFolder:
             try:
                 yield self._read(name)
             except BadSampleError as error:
-                yield Rejected(key=name, reason=str(error))
+                yield Rejected(key=_printable(name), reason=str(error))
             except OSError as error:
-                yield Rejected(key=name, reason=f"file cannot be read ({error.strerror})")
+                reason = f"file cannot be read ({error.strerror})"
+                yield Rejected(key=_printable(name), reason=reason)
         for name in self._missing:
             yield Rejected(key=name, reason="captioned, but no such image")
 
     def _read(self, name: str) -> RawSample:
-        file = self._folder / name
-        caption = self._captions.get(name, "").strip()
+        if name != _printable(name):
+            raise BadSampleError("file name is not UTF-8 text")
+        file, row = self._folder / name, self._rows.get(name)
+        caption = row.caption.strip() if row else ""
         beside = file.with_suffix(".txt")
         if not caption and beside.is_file():
-            caption = decode_text(beside.read_bytes())
+            caption = decode_text(_read_at_most(beside, MAX_TEXT_BYTES))
         if not caption and self._require_captions:
             raise BadSampleError("no caption")
-        payload = file.read_bytes()
+        payload = _read_at_most(file, MAX_IMAGE_BYTES)
         image = decode_image(payload)
         return RawSample(
             name=name,
@@ -263,4 +261,18 @@ class ImageFolder:
             caption=caption,
             width=image.width,
             height=image.height,
+            metadata=row.fields if row else {},
         )
+
+
+def _printable(name: str) -> str:
+    """Replace the bytes of a file name that are not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _read_at_most(file: Path, limit: int) -> bytes:
+    """Read a file; of one over the limit no more than what shows that it is."""
+    if file.exists() and not file.is_file():
+        raise BadSampleError("not a file")
+    with file.open("rb") as stream:
+        return stream.read(limit + 1)

@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from mmap import mmap
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from data.manifest import Rejected
 
 BLOCK_BYTES = 512
 MAX_EXTENDED_BYTES = 2**16
+MAX_NAME_BYTES = 2**10
 MAX_MEMBER_BYTES = 2**30
 MEMBER_DTYPE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("crc", "<u4")])
 
@@ -53,6 +53,7 @@ class _Extension:
     """What extended headers say about the next member."""
 
     name: bytes | None = None
+    size: int | None = None
     records: dict[str, str] = field(default_factory=dict)
     problem: str = ""
 
@@ -73,7 +74,7 @@ def _parse_header(block: bytes) -> _Header | None:
         size, checksum = _number(block[124:136]), _number(block[148:156])
     except ValueError:
         return None
-    if checksum != sum(block[:148]) + 8 * ord(" ") + sum(block[156:]):
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
         return None
     name = block[:100].split(b"\0")[0]
     prefix = block[345:500].split(b"\0")[0]
@@ -85,15 +86,17 @@ def _parse_header(block: bytes) -> _Header | None:
 def _parse_pax(payload: bytes) -> dict[str, str]:
     """Parse the records `LENGTH KEY=VALUE\\n` of an extended header (POSIX.1-2001)."""
     records = {}
-    while payload:
-        length, _, _ = payload.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(payload):
+    start = 0
+    while start < len(payload):
+        space = payload.index(b" ", start)
+        end = start + int(payload[start:space])
+        if not space < end <= len(payload):
             raise ValueError("a record's length is wrong")
-        key, equals, value = payload[len(length) + 1 : int(length)].partition(b"=")
+        key, equals, value = payload[space + 1 : end].partition(b"=")
         if not equals or not value.endswith(b"\n"):
             raise ValueError("a record is not KEY=VALUE")
         records[key.decode()] = value[:-1].decode()
-        payload = payload[int(length) :]
+        start = end
     return records
 
 
@@ -106,6 +109,8 @@ def _extend(extension: _Extension, kind: bytes, payload: bytes) -> None:
     elif kind == _PAX:
         try:
             extension.records = _parse_pax(payload)
+            if extension.records.get("size", "").isdecimal():
+                extension.size = int(extension.records["size"])
         except ValueError:
             extension.problem = "damaged extended header"
 
@@ -114,20 +119,22 @@ def _member(header: _Header, extension: _Extension, offset: int) -> Member:
     """Join a header and its extensions, and name the first thing that is wrong."""
     raw_name = header.name if extension.name is None else extension.name
     name = extension.records.get("path") or raw_name.decode(errors="replace")
-    size_text = extension.records.get("size", str(header.size))
-    size = int(size_text) if size_text.isascii() and size_text.isdigit() else header.size
+    size = header.size if extension.size is None else extension.size
     if header.kind in _WITHOUT_DATA:
         size = 0
-    path = PurePosixPath(name)
     if extension.problem:
         problem = extension.problem
-    elif header.kind not in (*_REGULAR, _DIRECTORY):
+    elif header.kind not in _REGULAR:
         problem = _REFUSED.get(header.kind, f"tar member of type {header.kind!r}")
     elif any(key.startswith("GNU.sparse") for key in extension.records):
         problem = _REFUSED[b"S"]
-    elif ("path" not in extension.records and name.encode() != raw_name) or not path.parts:
+    elif not name:
+        problem = "member without a name"
+    elif "\0" in name or ("path" not in extension.records and name.encode() != raw_name):
         problem = "name is not UTF-8 text"
-    elif path.is_absolute() or ".." in path.parts:
+    elif len(name.encode()) > MAX_NAME_BYTES:
+        problem = f"name over {MAX_NAME_BYTES} bytes"
+    elif name.startswith("/") or ".." in name.split("/"):
         problem = "path leads out of the shard"
     elif size > MAX_MEMBER_BYTES:
         problem = f"member over {MAX_MEMBER_BYTES} bytes"
@@ -179,17 +186,22 @@ def scan(buffer: mmap | bytes) -> Iterator[Member]:
             continue
         damaged = False
         start = offset + BLOCK_BYTES
+        room = end - start
         if header.kind in (_PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK):
             size = header.size
-            if start + size <= end:
+            member = Member("", offset, 0, "extended header over the size limit")
+            if size <= room:
                 payload = buffer[start : start + min(size, MAX_EXTENDED_BYTES + 1)]
                 _extend(extension, header.kind, bytes(payload))
         else:
             member = _member(header, extension, start)
             size = member.size
-            if start + size <= end and (member.problem or header.kind != _DIRECTORY):
-                yield member
             extension = _Extension()
+            if header.kind != _DIRECTORY and size <= room:
+                yield member
+        if size > max(room, MAX_MEMBER_BYTES):
+            yield member  # its size is a lie: look for the next sound header at once
+            size, damaged = 0, True
         offset = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
@@ -206,6 +218,7 @@ def index_shard(
         Structured array with a field `key` and one of MEMBER_DTYPE for each extension, in the
         order of the shard; and the rejections, with an empty key for damage of unknown owner.
     """
+    payloads = memoryview(buffer)
     samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     reasons: dict[str, str] = {}
     rejected = []
@@ -226,7 +239,7 @@ def index_shard(
         if extension in sample:
             reasons.setdefault(key, f"two members .{extension}")
         elif extension in EXTENSIONS:
-            payload = buffer[member.offset : member.offset + member.size]
+            payload = payloads[member.offset : member.offset + member.size]
             sample[extension] = (member.offset, member.size, zlib.crc32(payload))
     for key, sample in samples.items():
         for group in required:
@@ -259,4 +272,8 @@ def decode_index(payload: mmap | bytes) -> np.ndarray:
         raise BadSampleError("not an offset index")
     if any(name not in EXTENSIONS or index.dtype[name] != MEMBER_DTYPE for name in extensions):
         raise BadSampleError("offset index with an unknown column")
+    try:
+        index["key"].tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise BadSampleError("offset index with a key that is not UTF-8 text") from error
     return index

@@ -1,53 +1,16 @@
 """Shards, written deterministically and never seen half done."""
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from webdataset.writer import TarWriter
 
-from data.codecs import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, encode_npy
-from data.manifest import Kind, Rejected, Shard
-from data.storage import commit, join, map_bytes, temporary_beside, write_atomic
-from data.tar import index_shard
-
-REQUIRED = {
-    Kind.images: (IMAGE_EXTENSIONS, CAPTION_EXTENSIONS),
-    Kind.latents: (("moments.npy",), CAPTION_EXTENSIONS),
-}
-"""Members that make a sample whole: at least one of each group."""
-
-
-def register_shard(
-    folder: Path, name: str, kind: Kind, *, base: str = ""
-) -> tuple[Shard, list[Rejected]]:
-    """Index a tar where it lies, and write the index into the data set's folder.
-
-    Args:
-        folder: The data set.
-        name: The tar, relative to `base`.
-        kind: What a sample must hold.
-        base: Folder or URL of the tars; empty: the data set's folder.
-
-    Returns:
-        The manifest's entry, and the samples left out.
-    """
-    buffer = map_bytes(join(base or str(folder), name))
-    index, rejected = index_shard(buffer, REQUIRED[kind])
-    payload = encode_npy(index)
-    shard = Shard(
-        name=name,
-        samples=len(index),
-        size_bytes=len(buffer),
-        sha256=hashlib.sha256(buffer).hexdigest(),
-        index_sha256=hashlib.sha256(payload).hexdigest(),
-    )
-    write_atomic(folder / shard.index_name, payload)
-    return shard, [replace(item, shard=name) for item in rejected]
+from data.manifest import Kind, Shard
+from data.register import register_shard
+from data.storage import commit, temporary_beside
 
 
 class ShardWriter:
@@ -95,9 +58,10 @@ class ShardWriter:
             commit(self._temporary, self._folder / self._name)
         finally:
             self.discard()
-        self.shard, rejected = register_shard(self._folder, self._name, self._kind)
-        if rejected:
-            raise ValueError(f"{self._name}: {rejected[0].key}: {rejected[0].reason}")
+        registered = register_shard(self._folder, self._name, self._kind)
+        for item in registered.rejected:
+            raise ValueError(f"{self._name}: {item.key}: {item.reason}")
+        self.shard = registered.shard
         return self.shard
 
     def discard(self) -> None:

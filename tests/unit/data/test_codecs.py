@@ -22,6 +22,7 @@ from data.codecs import (
     decode_text,
     encode_npy,
     encode_png,
+    image_size,
 )
 from data.transforms import crop_box, square
 
@@ -62,6 +63,34 @@ def test_images_come_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(encoded(noise(8, 4), "JPEG", exif=exif)).size == (4, 8)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    st.integers(1, 9),
+    st.tuples(st.integers(1, 30), st.integers(1, 30)),
+)
+def test_the_size_in_the_header_is_that_of_the_decoded_image(image_format, orientation, size):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for options in ({}, {"exif": exif}):
+        payload = encoded(noise(*size), image_format, **options)
+        assert image_size(payload) == decode_image(payload).size
+
+
+def test_the_size_is_read_without_the_pixels():
+    payload = encoded(noise(100, 50), "PNG")
+    assert image_size(payload[:60]) == (100, 50)
+    with pytest.raises(BadSampleError, match="cannot be decoded"):
+        image_size(payload[:20])
+
+
+def test_a_file_over_the_size_cap_is_no_image(monkeypatch):
+    monkeypatch.setattr(codecs, "MAX_IMAGE_BYTES", 100)
+    for read in (decode_image, image_size):
+        with pytest.raises(BadSampleError, match="over 100"):
+            read(encoded(noise(20, 20), "PNG"))
 
 
 def test_other_formats_are_refused():
@@ -144,13 +173,38 @@ def test_damaged_arrays_are_bad_samples_and_nothing_worse(data):
         "{'descr': '<f2', 'fortran_order': False, 'shape': (-4, -6)}",
         "{'descr': '<f2', 'fortran_order': False, 'shape': (99999999, 99999999)}",
         "{'descr': '|O', 'fortran_order': False, 'shape': (6,)}",
+        "{'descr': '|S0', 'fortran_order': False, 'shape': (6,)}",
+        "{'descr': [], 'fortran_order': False, 'shape': (6,)}",
+        "{'descr': '|S48', 'fortran_order': False, 'shape': (True,)}",
+        "{'descr': '|S48', 'fortran_order': False, 'shape': " + f"({'1,' * 65})" + "}",
         "__import__('os').abort()",
     ],
 )
 def test_hostile_array_headers_are_refused(header):
-    text = header.encode().ljust(117) + b"\n"
+    text = header.encode().ljust(245) + b"\n"
     payload = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(48)
     with pytest.raises(BadSampleError):
+        decode_npy(payload)
+
+
+@pytest.mark.parametrize(
+    ("descr", "shape", "reason"),
+    [
+        ("<f2", (0, 10**30), "cannot be formed"),
+        ("<f2", (0, 2**62, 4), "cannot be formed"),
+        ("|S0", (10**12,), "not plain"),
+        ([], (10**12,), "not plain"),
+    ],
+)
+def test_arrays_of_absurd_shapes_and_no_bytes_are_refused(descr, shape, reason):
+    text = str({"descr": descr, "fortran_order": False, "shape": shape}).encode().ljust(117)
+    with pytest.raises(BadSampleError, match=reason):
+        decode_npy(b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + text + b"\n")
+
+
+def test_a_vast_array_header_is_refused_before_it_is_copied():
+    payload = b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**24) + bytes(2**24)
+    with pytest.raises(BadSampleError, match="array header of 16777228 bytes"):
         decode_npy(payload)
 
 

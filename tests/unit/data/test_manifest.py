@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.manifest import Kind, LatentInfo, Manifest, ManifestError, Rejected, Shard
+from data.manifest import FilterCount, Kind, LatentInfo, Manifest, ManifestError, Rejected, Shard
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 sizes = st.integers(0, 2**60)
@@ -28,7 +28,7 @@ latents = st.builds(
     mean=st.lists(finite, max_size=4),
     std=st.lists(finite, max_size=4),
     flip=st.booleans(),
-    text=st.booleans(),
+    text_encoder=st.text(max_size=5),
 )
 manifests = st.builds(
     Manifest,
@@ -37,6 +37,10 @@ manifests = st.builds(
     image_size=st.integers(0, 512),
     licence=st.text(max_size=20),
     rejected=st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3),
+    filters=st.lists(
+        st.builds(FilterCount, rule=st.text(max_size=5), kept=sizes, dropped=sizes), max_size=2
+    ),
+    downloads=st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3),
     source=st.text(max_size=5),
     base=st.text(max_size=5),
     latents=st.none() | latents,
@@ -65,6 +69,9 @@ def test_the_hash_is_that_of_the_content_and_not_of_the_place():
     original = manifest()
     moved = dataclasses.replace(original, base="s3://elsewhere", licence="CC0", source="x")
     assert moved.hash == original.hash
+    counts = [FilterCount(rule="x >= 1", kept=3, dropped=0)]
+    retold = dataclasses.replace(moved, filters=counts, downloads={"count": 3}, rejected={"a": 1})
+    assert retold.hash == original.hash
     (shard,) = original.shards
     assert original.latents is not None
     others = [
@@ -109,6 +116,8 @@ def change(**entries):
         (change(kind="pickles"), "'pickles' is not a valid Kind"),
         (change(image_size="64"), "image_size is of the wrong type"),
         (change(rejected={"a": "b"}), "rejected is of the wrong type"),
+        (change(filters=[{"rule": "x", "kept": "3", "dropped": 0}]), "kept is of the wrong type"),
+        (change(downloads={"count": 1.5}), "downloads is of the wrong type"),
         (change(extra=1), "missing or unknown: ['extra']"),
         (change(shards=[{"name": "0.tar"}]), "missing or unknown"),
         (change(licence="other", kind="images"), "its hash is not the one it states"),

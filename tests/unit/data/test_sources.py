@@ -1,11 +1,15 @@
 """Raw data: every image with its caption once, in a fixed order, and a reason for each left out."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 import emoji
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from data import emoji_names
 from data.config import SourceConfig, SourceKind
@@ -61,7 +65,7 @@ def test_a_raw_sample_keeps_the_original_bytes(tmp_path):
     assert (sample.width, sample.height, sample.group) == (9, 9, "a.png")
 
 
-@pytest.mark.parametrize("table", ["captions.csv", "metadata.jsonl"])
+@pytest.mark.parametrize("table", ["captions.csv", "captions.parquet", "metadata.jsonl"])
 def test_a_folder_with_a_table(tmp_path, table):
     for number, name in enumerate(["a.png", "b.png", "c.png"]):
         (tmp_path / name).write_bytes(png(number))
@@ -72,18 +76,46 @@ def test_a_folder_with_a_table(tmp_path, table):
             "file_name,text",
             *(f'{name},"{text.replace(chr(34), chr(34) * 2)}"' for name, text in rows),
         ]
-    else:
+        (tmp_path / table).write_text("\n".join(lines) + "\n", "utf-8-sig")
+    elif table == "metadata.jsonl":
         lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
-    (tmp_path / table).write_text("\n".join(lines) + "\n", "utf-8")
+        (tmp_path / table).write_text("\n".join(lines) + "\n", "utf-8")
+    else:
+        names, texts = zip(*rows, strict=True)
+        parquet.write_table(pa.table({"file_name": names, "text": texts}), tmp_path / table)
     captions, reasons = read(tmp_path)
     assert captions == {"a.png": 'a "quoted", café', "c.png": "beside"}
     assert reasons == {"b.png": "no caption", "missing.png": "captioned, but no such image"}
+
+
+def test_tables_carry_other_fields_and_the_last_word_has_the_jsonl(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(png(0))
+    (tmp_path / "captions.csv").write_text("file_name,text,score\na.png,csv,1\nb.png,csv,2\n")
+    columns = {
+        "file_name": ["b.png", "c.png"],
+        "text": ["parquet", None],
+        "score": [0.5, math.nan],
+        "picture": [b"x", b"y"],
+        "words": [["x"], []],
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "captions.parquet")
+    line = {"file_name": "c.png", "text": "jsonl", "score": None, "ok": True, "deep": {"x": 1}}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    samples = [sample for sample in folder_source(tmp_path) if isinstance(sample, RawSample)]
+    assert [(sample.caption, sample.metadata) for sample in samples] == [
+        ("csv", {"score": "1"}),
+        ("parquet", {"score": 0.5}),
+        ("jsonl", {"ok": True}),
+    ]
 
 
 @pytest.mark.parametrize(
     ("table", "text", "message"),
     [
         ("captions.csv", "image;caption\na.png;x\n", "columns file_name, text"),
+        ("captions.csv", f"file_name,text\na.png,{'x' * 200_000}\n", "field larger than"),
+        ("captions.parquet", "PAR1 and no more", "Parquet"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{"file": 1}\n', "line 2"),
         ("metadata.jsonl", "[]\n", "line 1"),
         ("metadata.jsonl", "[" * 100_000 + "\n", "line 1"),
@@ -94,6 +126,33 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, table, text, message):
     (tmp_path / table).write_text(text)
     with pytest.raises(ValueError, match=rf"{table}.*{message}"):
         folder_source(tmp_path)
+
+
+def test_a_table_without_its_columns_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    parquet.write_table(pa.table({"file_name": ["a.png"]}), tmp_path / "captions.parquet")
+    with pytest.raises(ValueError, match=r"captions\.parquet: .*columns file_name, text"):
+        folder_source(tmp_path)
+
+
+def test_files_that_are_no_files_and_names_that_are_no_text_are_rejected(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in (b"\xff.png", b"\xff.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(png(0))
+    for name in ("pipe.txt", "folder.txt", "long.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "long.png").write_bytes(png(0))
+    (tmp_path / "long.txt").write_text("x" * 2**17)
+    captions, reasons = read(tmp_path)
+    assert captions == {}
+    assert reasons == {
+        "pipe.png": "not a file",
+        "folder.png": "not a file",
+        "\ufffd.png": "file name is not UTF-8 text",
+        "long.png": "text of 65537 bytes is over 65536",
+    }
+    assert len(folder_source(tmp_path).fingerprint()) == 64
 
 
 def test_a_folder_that_is_missing_or_empty_is_named(tmp_path):
@@ -124,6 +183,12 @@ def test_tars_are_found_by_folder_braces_and_list(tmp_path, monkeypatch):
     assert list_tars_of("s3://bucket/x/{00..01}.tar") == ("s3://bucket/x", ["00.tar", "01.tar"])
     monkeypatch.chdir(tmp_path)
     assert list_tars_of("b") == (f"{root}/b", ["0.tar", "1.tar"])
+    for twice in (f"{root}/b::{root}/b/1.tar", f"{root}/b/1.tar::file://{root}/b/1.tar"):
+        with pytest.raises(ValueError, match=r"data\.source\.path: .*1\.tar is named 2 times"):
+            list_tars_of(twice)
+    for refused in ("pipe:touch x", "ssh://host/{0..1}.tar", "local:///x", "simplecache::s3://x"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"data\.source\.path: "):
+            list_tars_of(refused)
     for nothing in ("", root):
         with pytest.raises(FileNotFoundError, match=r"data\.source\.path"):
             list_tars_of(nothing)

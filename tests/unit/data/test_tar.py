@@ -1,6 +1,7 @@
 """The offset index: equal to tarfile's reading of sound shards, and loud about all others."""
 
 import io
+import random
 import tarfile
 from typing import Any
 
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.codecs import BadSampleError, encode_npy
-from data.tar import BLOCK_BYTES, MEMBER_DTYPE, decode_index, index_shard, scan
+from data.tar import (
+    BLOCK_BYTES,
+    MAX_EXTENDED_BYTES,
+    MAX_MEMBER_BYTES,
+    MEMBER_DTYPE,
+    decode_index,
+    index_shard,
+    scan,
+)
 
 REQUIRED = (("png", "jpg"), ("txt",))
 
@@ -89,6 +98,30 @@ def test_a_shard_cut_off_anywhere_is_never_silently_short():
             assert any("cut off" in item.reason for item in rejected), length
         else:
             assert (len(index), rejected) == (3, [])
+
+
+@pytest.mark.parametrize(
+    "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+)
+def test_what_survives_a_cut_is_whole_and_what_does_not_is_told(tar_format):
+    """512 random places; long names and non-ASCII ones bring extended headers with them."""
+    original = {
+        f"{folder}{name}": payload
+        for folder in (
+            "",
+            f"ü{'x' * 60}/{'y' * 60}/" if tar_format != tarfile.USTAR_FORMAT else "z/",
+        )
+        for name, payload in samples(4)
+    }
+    shard = tar_of(list(original.items()), tar_format)
+    for length in random.Random(0).sample(range(len(shard)), 512):
+        cut = shard[:length]
+        index, rejected = index_shard(cut, REQUIRED)
+        for row, key in zip(index, keys(index), strict=True):
+            for extension in ("png", "txt"):
+                offset, size, _ = row[extension].item()
+                assert cut[offset : offset + size] == original[f"{key}.{extension}"]
+        assert rejected or len(index) == len(original) // 2, length
 
 
 def test_any_changed_byte_of_a_header_costs_its_sample_only_and_is_told():
@@ -190,13 +223,91 @@ def test_names_that_are_not_utf8_are_refused_and_hidden_files_are_no_samples():
     assert reasons(bytes(shard)) == {"\ufffd": "name is not UTF-8 text", "a": "no txt"}
 
 
+def extended(body: bytes, name: str = "a.png") -> bytes:
+    """A PAX header with this body, and the file it speaks of."""
+    header = tar_of([("x", body)], type=tarfile.XHDTYPE)
+    header = header[: BLOCK_BYTES + -(-len(body) // BLOCK_BYTES) * BLOCK_BYTES]
+    return header + tar_of([(name, b"x"), (name.replace("png", "txt"), b"y")])
+
+
+def record(key: str, value: str) -> bytes:
+    length = len(f" {key}={value}\n".encode())
+    total = next(n for n in range(length, length + 9) if n == length + len(str(n)))
+    return f"{total} {key}={value}\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (record("size", "9" * 5000), "damaged extended header"),
+        (record("size", "9" * 4000), "member over 1073741824 bytes"),
+        (record("path", "b\0.png"), "name is not UTF-8 text"),
+        (record("path", f"{'b' * 1100}.png"), "name over 1024 bytes"),
+        (record("comment", "x" * 2**17), "extended header over the size limit"),
+        (record("comment", "x") + b"junk\n", "damaged extended header"),
+        (b"-5 path=b.png\n", "damaged extended header"),
+        (b"99999999 path=b.png\n", "damaged extended header"),
+    ],
+)
+def test_hostile_extended_headers_cost_their_sample(body, reason):
+    shard = extended(body)
+    assert [found for found in reasons(shard).values() if reason in found]
+    assert len(index_shard(shard, REQUIRED)[0]) == 0
+
+
+def test_thousands_of_records_are_read_in_one_pass():
+    body = record("path", "b.png") + record("k", "") * 13_000
+    assert len(body) > MAX_EXTENDED_BYTES * 0.9
+    assert reasons(extended(body)) == {"b": "no txt", "a": "no png or jpg"}
+
+
+def test_folders_are_no_members():
+    with_folders = io.BytesIO()
+    with tarfile.open(fileobj=with_folders, mode="w") as tar:
+        for name in ("./", "./deep/", "../out/"):
+            info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE
+            tar.addfile(info)
+        for name in ("./deep/a.png", "./deep/a.txt"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    index, rejected = index_shard(with_folders.getvalue(), REQUIRED)
+    assert (keys(index), rejected) == (["deep/a"], [])
+
+
+def test_a_member_without_a_name_is_told():
+    assert reasons(tar_of([("", b"x"), ("a.png", b"1"), ("a.txt", b"2")])) == {
+        "": "member without a name"
+    }
+
+
+def claim(shard: bytes, name: bytes, size: int) -> bytes:
+    """Let a header claim another size."""
+    start = shard.index(name)
+    header = bytearray(shard[start : start + BLOCK_BYTES])
+    header[124:136] = b"\x80" + size.to_bytes(11, "big")
+    total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+    header[148:156] = b"%06o\0 " % total
+    return shard[:start] + bytes(header) + shard[start + BLOCK_BYTES :]
+
+
 def test_a_lying_size_is_told():
-    shard = bytearray(tar_of(samples(1)))
-    shard[124:136] = b"\x80" + (2**62).to_bytes(11, "big")
-    block = bytes(shard[:BLOCK_BYTES])
-    total = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-    shard[148:156] = b"%06o\0 " % total
-    assert "cut off" in reasons(bytes(shard))[""]
+    shard = claim(tar_of(samples(3)), b"0001.png", MAX_MEMBER_BYTES // 2)
+    assert "cut off" in reasons(shard)[""]
+    assert keys(index_shard(shard, REQUIRED)[0]) == ["0000"]
+
+
+@pytest.mark.parametrize("size", [MAX_MEMBER_BYTES + 1, 100 * 2**30, 2**80])
+def test_an_absurd_size_costs_its_sample_only(size):
+    shard = claim(tar_of(samples(3)), b"0001.png", size)
+    assert reasons(shard) == {"0001": f"member over {MAX_MEMBER_BYTES} bytes"}
+    assert keys(index_shard(shard, REQUIRED)[0]) == ["0000", "0002"]
+
+
+def test_an_absurd_extended_header_is_told_and_what_follows_is_found():
+    shard = claim(extended(record("path", "b.png")), b"x", 100 * 2**30)
+    index, rejected = index_shard(shard, REQUIRED)
+    assert keys(index) == ["a"]
+    assert [item.reason for item in rejected] == ["extended header over the size limit"]
 
 
 @settings(deadline=None, max_examples=150)
@@ -223,6 +334,7 @@ def test_pickle_and_foreign_arrays_are_no_index():
         encode_npy(np.zeros(3, [("key", "S4"), ("exe", MEMBER_DTYPE)])),
         encode_npy(np.zeros(3, [("key", "<i8"), ("png", MEMBER_DTYPE)])),
         encode_npy(np.zeros((3, 1), [("key", "S4"), ("png", MEMBER_DTYPE)])),
+        encode_npy(np.array([b"\xff"], [("key", "S4")])),
     ):
         with pytest.raises(BadSampleError):
             decode_index(payload)

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.compat import WebDataset
 
-from data import storage, writer
+from data import register, storage
 from data.codecs import encode_npy
 from data.manifest import Kind, Manifest
 from data.reader import ShardReader
-from data.writer import ShardSetWriter, ShardWriter, register_shard
+from data.writer import ShardSetWriter, ShardWriter
 from tests.unit.data.conftest import moments, png
 
 
@@ -145,7 +145,8 @@ def test_a_set_that_fails_leaves_only_whole_shards(tmp_path):
 def test_latents_need_moments_and_a_caption(tmp_path):
     sample = {"moments.npy": encode_npy(moments(1)), "cls": b"3"}
     assert write(tmp_path, [("a", sample)], Kind.latents).samples == 1
-    assert writer.REQUIRED[Kind.latents][0] == ("moments.npy",)
-    shard, rejected = register_shard(tmp_path, "000000.tar", Kind.images)
-    assert (shard.samples, rejected[0].reason) == (0, "no png or jpg or jpeg or webp")
-    assert rejected[0].shard == "000000.tar"
+    assert register.REQUIRED[Kind.latents][0] == ("moments.npy",)
+    as_images = register.register_shard(tmp_path, "000000.tar", Kind.images)
+    assert as_images.shard.samples == 0
+    (rejected,) = as_images.rejected
+    assert (rejected.reason, rejected.shard) == ("no png or jpg or jpeg or webp", "000000.tar")

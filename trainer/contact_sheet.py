@@ -1,0 +1,64 @@
+"""A page of captioned thumbnails: a data set at a glance."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+COLUMNS = 8
+SIDE = 144
+"""Of a thumbnail, in pixels."""
+GAP = 8
+FONT_SIZE = 11
+CAPTION_LINES = 3
+LINE_HEIGHT = 14
+BACKGROUND = "#eeeeee"
+"""Grey, on which pictures with white edges show where they end."""
+
+
+def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Lay out pictures with their captions, row by row; neither is changed but in size."""
+    # the fonts that come with Pillow have no letters beyond Western Europe's
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(str(file), FONT_SIZE)
+    cell = (SIDE + GAP, SIDE + GAP + CAPTION_LINES * LINE_HEIGHT)
+    rows = -(-len(pictures) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * cell[0] + GAP, rows * cell[1] + GAP), BACKGROUND)
+    pencil = ImageDraw.Draw(sheet)
+    for number, (picture, caption) in enumerate(pictures):
+        left, top = (number % COLUMNS) * cell[0] + GAP, (number // COLUMNS) * cell[1] + GAP
+        thumbnail = ImageOps.contain(picture, (SIDE, SIDE))
+        inset = (SIDE - thumbnail.width) // 2, SIDE - thumbnail.height
+        sheet.paste(thumbnail, (left + inset[0], top + inset[1]))
+        for line, text in enumerate(_wrapped(caption, font)):
+            place = (left, top + SIDE + 2 + line * LINE_HEIGHT)
+            pencil.text(place, text, "black", font)
+    return sheet
+
+
+def _wrapped(caption: str, font: ImageFont.FreeTypeFont) -> Iterator[str]:
+    """Break a caption into lines of a thumbnail's width; the last one may end in an ellipsis."""
+    words = " ".join(caption[:1000].split())
+    for line in range(CAPTION_LINES):
+        if not words:
+            return
+        fitting = _fitting(words, font)
+        if fitting == len(words):
+            yield words
+            return
+        if line == CAPTION_LINES - 1:
+            yield words[: fitting - 1].rstrip() + "…"
+            return
+        space = words.rfind(" ", 0, fitting + 1)
+        cut = space if space > 0 else fitting
+        yield words[:cut]
+        words = words[cut:].lstrip()
+
+
+def _fitting(words: str, font: ImageFont.FreeTypeFont) -> int:
+    """Count the characters that fit side by side, at least two."""
+    for count in range(2, len(words) + 1):
+        if font.getlength(words[:count]) > SIDE:
+            return max(2, count - 1)
+    return len(words)
