@@ -25,6 +25,8 @@ _SHARDS, _BLOCKS = 2**32, 2**32 + 1
 class _Epoch(NamedTuple):
     """The order of the shards in one epoch."""
 
+    shards: Ids
+    """Their numbers in the manifest."""
     ends: Ids
     """Running sum of the shards' sizes, in this epoch's order."""
     shifts: Ids
@@ -99,6 +101,39 @@ class LanePlan:
         order = np.roll(self._block(lane, epoch, number), -slot)[1:]
         yield from self._locate(epoch, lane, number * self.block + order).tolist()
 
+    def shards(self, step: int, rank: int, world: int, *, steps_ahead: int) -> Ids:
+        """Return the shards that a rank reads from `step` on, first needed first.
+
+        These are the shards of whole blocks, whose samples may stand in for bad ones: the blocks in
+        use, and those that begin within `steps_ahead` steps.
+        """
+        share, per_lane = self.global_batch // world, self.global_batch // self.lanes
+        lanes = np.arange(rank * share // per_lane, -(-(rank + 1) * share // per_lane))
+        start, stop = step * per_lane, (step + steps_ahead + 1) * per_lane
+        found = []
+        while start < stop:
+            epoch, position = divmod(start, self.lane_samples)
+            first = position // self.block * self.block
+            last = min(first + self.block, self.lane_samples) - 1
+            found.append(self._shards_between(epoch, lanes * self.lane_samples, first, last))
+            start += last + 1 - position
+        numbers = np.concatenate(found)
+        _, places = np.unique(numbers, return_index=True)
+        return numbers[np.sort(places)]
+
+    def _shards_between(self, epoch: int, begins: Ids, first: int, last: int) -> Ids:
+        """Return the shards of samples `first` to `last` of the lanes that begin at `begins`."""
+        order = self._epoch(epoch)
+        begin = (order.rotation + begins + first) % self.samples
+        end = begin + last - first
+        firsts = np.searchsorted(order.ends, begin, side="right")
+        lasts = np.searchsorted(order.ends, end % self.samples, side="right")
+        counts = lasts + len(order.ends) * (end // self.samples) - firsts + 1
+        skipped = np.cumsum(counts) - counts
+        places = np.arange(counts.sum()) + np.repeat(firsts - skipped, counts)
+        numbers = order.shards[places % len(order.ends)]
+        return numbers[self._sizes[numbers] > 0]
+
     def _slice(self, step: int, start: int, stop: int) -> tuple[Ids, Ids]:
         per_lane = self.global_batch // self.lanes
         epochs, indices = [], []
@@ -121,21 +156,28 @@ class LanePlan:
 
     def _locate(self, epoch: int, lane: int, offsets: Ids) -> Ids:
         """Turn offsets in a lane into sample numbers in the manifest's order."""
+        order = self._epoch(epoch)
+        positions = (order.rotation + lane * self.lane_samples + offsets) % self.samples
+        return positions + order.shifts[np.searchsorted(order.ends, positions, side="right")]
+
+    def _epoch(self, epoch: int) -> _Epoch:
         order = self._epochs.get(epoch)
         if order is None:
             order = self._order_shards(epoch)
             # replaced, never changed: a thread that reads ahead may hold the old one
-            kept = {number: kept for number, kept in self._epochs.items() if number == epoch - 1}
-            self._epochs = kept | {epoch: order}
-        positions = (order.rotation + lane * self.lane_samples + offsets) % self.samples
-        return positions + order.shifts[np.searchsorted(order.ends, positions, side="right")]
+            near = {other: kept for other, kept in self._epochs.items() if abs(other - epoch) < 2}
+            self._epochs = near | {epoch: order}
+        return order
 
     def _order_shards(self, epoch: int) -> _Epoch:
         words = _words(self.seed, _SHARDS, epoch, 0, 0, len(self._sizes) + 1)
         order = _permutation(words[1:])
-        ends = np.cumsum(self._sizes[order])
-        begins = ends - self._sizes[order]
-        return _Epoch(ends, self._starts[order] - begins, int(words[0] % np.uint64(self.samples)))
+        sizes = self._sizes[order]
+        ends = np.cumsum(sizes)
+        shifts = self._starts[order]
+        shifts -= ends
+        shifts += sizes
+        return _Epoch(order, ends, shifts, int(words[0] % np.uint64(self.samples)))
 
     def _block(self, lane: int, epoch: int, number: int) -> Ids:
         """Return the permutation of a block, cached for the one that each lane is in."""
@@ -154,8 +196,10 @@ def _words(seed: int, domain: int, epoch: int, lane: int, number: int, count: in
 
 
 def _permutation(words: NDArray[np.uint64]) -> Ids:
-    """Order 0 … n-1 by random words, whose low bits give way to the number that they carry."""
+    """Order 0 … n-1 by random words, in place: low bits give way to the number they carry."""
     mask = np.uint64((1 << (len(words) - 1).bit_length()) - 1)
-    carriers = (words & ~mask) | np.arange(len(words), dtype=np.uint64)
-    carriers.sort()
-    return (carriers & mask).astype(np.int64)
+    words &= ~mask
+    words |= np.arange(len(words), dtype=np.uint64)
+    words.sort()
+    words &= mask
+    return words.view(np.int64)

@@ -1,21 +1,31 @@
 """Samples by number: memory-mapped shards, every payload checked against the manifest."""
 
 import hashlib
-import zlib
+import mmap
 from collections import OrderedDict
+from collections.abc import Sequence
 from threading import Lock
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from isal.isal_zlib import crc32
+from numpy.typing import DTypeLike, NDArray
 
-from data.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_image
+from data.cache import CacheFullError, FileCache, ListedFile
+from data.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_image, decode_text, encode_npy
+from data.config import CacheConfig
 from data.manifest import Manifest, ManifestError, Shard
 from data.storage import join, local_path, map_bytes
-from data.tar import decode_index
+from data.tar import MEMBER_DTYPE, decode_index
 from data.transforms import square
 
 MAX_OPEN_SHARDS = 256
+MAX_RESIDENT_BYTES = 2**26
+"""How much is read before the pages of the mappings are given back."""
+MAX_MAPPED_BYTES = 2**29
+"""A smaller data set stays mapped: to map a page again costs more than to read it."""
+
+Ids = NDArray[np.int64]
 
 
 class _OpenShard(NamedTuple):
@@ -23,6 +33,19 @@ class _OpenShard(NamedTuple):
     keys: NDArray[np.bytes_]
     members: dict[str, NDArray]
     payloads: memoryview
+
+    def payload(self, extension: str, offset: int, size: int, crc: int) -> memoryview:
+        """Return a member's bytes, without a copy.
+
+        Raises:
+            BadSampleError: there is no such member, or its bytes are not those indexed.
+        """
+        if offset == 0:
+            raise BadSampleError(f"no .{extension}")
+        payload = self.payloads[offset : offset + size]
+        if crc32(payload) != crc:
+            raise BadSampleError(f"the checksum of .{extension} does not match")
+        return payload
 
 
 class StoredSample(NamedTuple):
@@ -48,30 +71,137 @@ class StoredSample(NamedTuple):
             BadSampleError: the sample has no such member, or its bytes are not those indexed.
         """
         column = self.shard.members.get(extension)
-        offset, size, crc = (0, 0, 0) if column is None else column[self.row].item()
-        if offset == 0:
-            raise BadSampleError(f"no .{extension}")
-        payload = self.shard.payloads[offset : offset + size]
-        if zlib.crc32(payload) != crc:
-            raise BadSampleError(f"the checksum of .{extension} does not match")
-        return payload
+        member = (0, 0, 0) if column is None else column[self.row].item()
+        return self.shard.payload(extension, *member)
+
+
+class ArrayLayout(NamedTuple):
+    """The .npy files that our own writer makes of arrays of one data type and shape."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    header_bytes: int
+    header_crc: int
+
+    @classmethod
+    def of(cls, dtype: DTypeLike, shape: Sequence[int]) -> Self:
+        """Describe the files of arrays of a data type and shape."""
+        array = np.zeros(shape, dtype)
+        file = encode_npy(array)
+        header = file[: len(file) - array.nbytes]
+        return cls(array.dtype, array.shape, len(header), crc32(header))
+
+
+class StoredBatch:
+    """Samples where they lie, read side by side: all of one member at a time."""
+
+    def __init__(self, shards: dict[int, _OpenShard], numbers: Ids, rows: Ids) -> None:
+        self._shards, self._numbers, self._rows = shards, numbers, rows
+        self._groups = [
+            (shard, places, rows[places])
+            for shard, places in (
+                (shard, np.flatnonzero(numbers == number)) for number, shard in shards.items()
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> StoredSample:
+        return StoredSample(self._shards[int(self._numbers[place])], int(self._rows[place]))
+
+    def keys(self) -> list[str]:
+        """Return the samples' keys, each unique within its shard."""
+        keys = [""] * len(self)
+        for shard, places, rows in self._groups:
+            for place, key in zip(places.tolist(), shard.keys[rows].tolist(), strict=True):
+                keys[place] = key.decode()
+        return keys
+
+    def members(self, *extensions: str) -> NDArray:
+        """Return where the first of the members lies that a sample has.
+
+        Returns:
+            [B] of MEMBER_DTYPE; of offset 0 where a sample has none of them.
+        """
+        members = np.zeros(len(self), MEMBER_DTYPE)
+        for shard, places, rows in self._groups:
+            for extension in reversed(extensions):
+                if extension in shard.members:
+                    column = shard.members[extension][rows]
+                    there = column["offset"] > 0
+                    members[places[there]] = column[there]
+        return members
+
+    def texts(self, members: NDArray) -> tuple[list[str], NDArray[np.bool_]]:
+        """Read text members.
+
+        Returns:
+            texts: [B], of meaning only where sound.
+            sound: [B] bool: the member is there, unchanged, and a text.
+        """
+        texts, sound = [""] * len(self), np.zeros(len(self), bool)
+        for shard, places, _ in self._groups:
+            found = zip(places.tolist(), members[places].tolist(), strict=True)
+            for place, (offset, size, crc) in found:
+                payload = shard.payloads[offset : offset + size]
+                if offset and crc32(payload) == crc:
+                    try:
+                        texts[place] = decode_text(payload)
+                    except BadSampleError:
+                        continue
+                    sound[place] = True
+        return texts, sound
+
+    def arrays(self, members: NDArray, layout: ArrayLayout) -> tuple[NDArray, NDArray[np.bool_]]:
+        """Copy array members of one layout out of the shards.
+
+        Returns:
+            arrays: [B, *shape], of meaning only where sound.
+            sound: [B] bool: the member is there, unchanged, and of this layout.
+        """
+        arrays = np.empty((len(self), *layout.shape), layout.dtype)
+        sound = np.zeros(len(self), bool)
+        rows = memoryview(arrays.reshape(-1).view(np.uint8))
+        row_bytes = len(rows) // max(len(self), 1)
+        for shard, places, _ in self._groups:
+            found = zip(places.tolist(), members[places].tolist(), strict=True)
+            for place, (offset, size, crc) in found:
+                header = shard.payloads[offset : offset + layout.header_bytes]
+                values = shard.payloads[offset + layout.header_bytes : offset + size]
+                if (
+                    len(values) == row_bytes
+                    and crc32(header) == layout.header_crc
+                    and crc32(values, layout.header_crc) == crc
+                ):
+                    rows[place * row_bytes : (place + 1) * row_bytes] = values
+                    sound[place] = True
+        return arrays, sound
 
 
 class ShardReader:
     """Random access to a data set.
 
     Shards are opened when first needed; the least recently used one is let go.
+
+    Args:
+        folder: The data set, a path or URL.
+        manifest: Its manifest.
+        cache: Where remote files are kept.
     """
 
-    def __init__(self, folder: str, manifest: Manifest) -> None:
+    def __init__(self, folder: str, manifest: Manifest, cache: CacheConfig | None = None) -> None:
         self._folder, self._manifest = folder, manifest
+        self.cache = FileCache(cache or CacheConfig())
         sizes = np.array([shard.samples for shard in manifest.shards], np.int64)
         self._ends = np.cumsum(sizes)
         self._starts = self._ends - sizes
+        self._mean_bytes = manifest.size_bytes / max(manifest.samples, 1)
+        self._resident_bytes = 0.0
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = Lock()
 
-    def find(self, samples: NDArray[np.int64]) -> list[StoredSample]:
+    def find(self, samples: Ids) -> StoredBatch:
         """Find samples by their numbers in the manifest's order.
 
         Raises:
@@ -81,23 +211,71 @@ class ShardReader:
         total = self._manifest.samples
         if len(samples) and not 0 <= samples.min() <= samples.max() < total:
             raise IndexError(f"samples {samples.min()} to {samples.max()} of {total}")
-        shards = np.searchsorted(self._ends, samples, side="right")
-        rows = samples - self._starts[shards]
-        return [
-            StoredSample(self._shard(shard), row)
-            for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)
-        ]
+        numbers = np.searchsorted(self._ends, samples, side="right")
+        rows = samples - self._starts[numbers]
+        shards = {number: self._shard(number) for number in dict.fromkeys(numbers.tolist())}
+        self._bound_resident(len(samples))
+        return StoredBatch(shards, numbers, rows)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether anything has to be fetched."""
+        return None in (local_path(self._folder), local_path(self._manifest.base or self._folder))
+
+    def remote_files(self, shards: Ids) -> list[ListedFile]:
+        """Return what has to be fetched to read shards, in their order."""
+        found = (self._files(self._manifest.shards[number]) for number in shards.tolist())
+        return [file for files in found for file in files if local_path(file.location) is None]
+
+    def keep(self, shards: Ids) -> None:
+        """Let all other shards go."""
+        with self._lock:
+            for number in self._open.keys() - set(shards.tolist()):
+                del self._open[number]
 
     def _shard(self, number: int) -> _OpenShard:
         with self._lock:
-            shard = self._open.get(number)
-            if shard is None:
-                shard = self._open[number] = self._open_shard(self._manifest.shards[number])
-                if len(self._open) > MAX_OPEN_SHARDS:
+            while number not in self._open:
+                try:
+                    self._open[number] = self._open_shard(self._manifest.shards[number])
+                except CacheFullError:
+                    if not self._open:
+                        raise
                     self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(number)
-        return shard
+            self._open.move_to_end(number)
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
+            return self._open[number]
+
+    def _bound_resident(self, samples: int) -> None:
+        """Give back mapped pages before they add up; what is touched again is mapped again."""
+        if self._manifest.size_bytes <= MAX_MAPPED_BYTES:
+            return
+        self._resident_bytes += samples * self._mean_bytes
+        if self._resident_bytes > MAX_RESIDENT_BYTES:
+            self._resident_bytes = 0.0
+            with self._lock:
+                for shard in self._open.values():
+                    if isinstance(shard.payloads.obj, mmap.mmap):
+                        shard.payloads.obj.madvise(mmap.MADV_DONTNEED)
+
+    def _files(self, shard: Shard) -> tuple[ListedFile, ListedFile]:
+        """Return a shard and its index, which need not lie in the same place."""
+        return (
+            ListedFile(
+                location=join(self._manifest.base or self._folder, shard.name),
+                sha256=shard.sha256,
+                size_bytes=shard.size_bytes,
+            ),
+            ListedFile(
+                location=join(self._folder, shard.index_name),
+                sha256=shard.index_sha256,
+            ),
+        )
+
+    def _map(self, file: ListedFile) -> mmap.mmap | bytes:
+        is_remote = local_path(file.location) is None
+        return self.cache.map(file) if is_remote else map_bytes(file.location)
 
     def _open_shard(self, shard: Shard) -> _OpenShard:
         """Map a shard and its index, which must be those of the manifest.
@@ -105,25 +283,22 @@ class ShardReader:
         Raises:
             ManifestError: one is missing, cut off or replaced.
         """
-        location = join(self._manifest.base or self._folder, shard.name)
-        index_location = join(self._folder, shard.index_name)
+        tar, index_file = self._files(shard)
         try:
-            payloads, index = map_bytes(location), map_bytes(index_location)
+            payloads, index = self._map(tar), self._map(index_file)
         except FileNotFoundError as error:
             raise ManifestError(
-                f"{location}: the manifest in {self._folder} lists this shard, but {error}"
+                f"{tar.location}: the manifest in {self._folder} lists this shard, but {error}"
             ) from error
         if len(payloads) != shard.size_bytes:
             raise ManifestError(
-                f"{location} has {len(payloads)} bytes, but the manifest in {self._folder} says "
-                f"{shard.size_bytes}: the shard was cut off or replaced; restore it or pack again"
+                f"{tar.location} has {len(payloads)} bytes, but the manifest in {self._folder} "
+                f"says {shard.size_bytes}: it was cut off or replaced; restore it or pack again"
             )
-        remote = local_path(location) is None
-        if remote and hashlib.sha256(payloads).hexdigest() != shard.sha256:
-            raise ManifestError(f"{location} is not the shard of the manifest: its hash differs")
         if hashlib.sha256(index).hexdigest() != shard.index_sha256:
             raise ManifestError(
-                f"{index_location} is not the index of the manifest: its hash differs; pack again"
+                f"{index_file.location} is not the index of the manifest: its hash differs; "
+                "pack again"
             )
         rows = decode_index(index)
         members = {name: rows[name] for name in rows.dtype.fields or () if name != "key"}

@@ -4,11 +4,10 @@ import mmap
 import os
 import tempfile
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import fsspec
+from data import remote
 
 REMOTE_SCHEMES = frozenset({"s3", "gs", "hf", "http", "https", "memory"})
 """What fsspec may open for us; everything else (`pipe:`, `ssh:`, …) is refused by name."""
@@ -41,13 +40,12 @@ def read_bytes(location: str) -> bytes:
 
     Raises:
         FileNotFoundError: nothing is there.
-        OSError: the store could not be read.
+        OSError: the file or the store could not be read.
     """
     path = local_path(location)
     if path is not None:
         return path.read_bytes()
-    store, root = fsspec.core.url_to_fs(location)
-    return store.cat_file(root)
+    return b"".join(remote.pieces(location, remote.size_bytes(location)))
 
 
 def size_bytes(location: str) -> int:
@@ -55,12 +53,10 @@ def size_bytes(location: str) -> int:
 
     Raises:
         FileNotFoundError: nothing is there.
+        OSError: the store could not be read.
     """
     path = local_path(location)
-    if path is not None:
-        return path.stat().st_size
-    store, root = fsspec.core.url_to_fs(location)
-    return store.size(root)
+    return remote.size_bytes(location) if path is None else path.stat().st_size
 
 
 def map_bytes(location: str) -> mmap.mmap | bytes:
@@ -70,20 +66,22 @@ def map_bytes(location: str) -> mmap.mmap | bytes:
 
     Raises:
         FileNotFoundError: nothing is there.
+        OSError: the file or the store could not be read.
     """
     path = local_path(location)
     if path is not None:
         with path.open("rb") as file:
-            return _map(file)
+            return map_open(file.fileno())
     with tempfile.TemporaryFile() as copy:
-        copy.write(read_bytes(location))
+        copy.writelines(remote.pieces(location, remote.size_bytes(location)))
         copy.flush()
-        return _map(copy)
+        return map_open(copy.fileno())
 
 
-def _map(file: IO[bytes]) -> mmap.mmap | bytes:
-    empty = os.fstat(file.fileno()).st_size == 0
-    return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def map_open(handle: int) -> mmap.mmap | bytes:
+    """Map an open file as `map_bytes` does; the mapping has its own duplicate of the handle."""
+    empty = os.fstat(handle).st_size == 0
+    return b"" if empty else mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
 
 
 def list_tars(folder: str) -> list[str]:
@@ -91,8 +89,7 @@ def list_tars(folder: str) -> list[str]:
     path = local_path(folder)
     if path is not None:
         return sorted(str(tar) for tar in path.glob("*.tar"))
-    store, root = fsspec.core.url_to_fs(folder)
-    return sorted(store.unstrip_protocol(name) for name in store.glob(f"{root.rstrip('/')}/*.tar"))
+    return remote.list_tars(folder)
 
 
 def temporary_beside(path: Path) -> Path:

@@ -1,8 +1,10 @@
 """The samples of a data set as batches: in the plan's order to train on, or by number."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
@@ -12,12 +14,15 @@ import numpy as np
 import torch
 
 from data import read_ahead
+from data.cache import Prefetcher
 from data.codecs import BadSampleError, decode_npy, decode_text
 from data.config import DataConfig
 from data.cursor import VERSION, Cursor
 from data.manifest import Kind, Manifest, ManifestError, Rejected
+from data.mixture import MixturePlan, join_latents, share_lanes
 from data.plan import Ids, LanePlan
-from data.reader import ShardReader, StoredSample, decode_square
+from data.quarantine import Quarantine
+from data.reader import ArrayLayout, ShardReader, StoredBatch, StoredSample, decode_square
 
 Flips = Callable[[Ids, Ids], np.ndarray]
 """(epoch [B], index [B]) → [B] bool: whether each visit is mirrored."""
@@ -35,7 +40,8 @@ class Batch:
     """Keys of the samples delivered: not those of `index` where a substitute stands in."""
     captions: list[str]
     arrays: dict[str, torch.Tensor]
-    """float32. images: [B, 3, S, S] in [-1, 1]; moments: [B, 2, C, h, w]; text: [B, T, D]."""
+    """images: [B, 3, S, S] float32 in [-1, 1]; moments: [B, 2, C, h, w] and text: [B, T, D]
+    float16, as stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +56,32 @@ class _Request:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Sample:
-    key: str
-    caption: str
+class _Rows:
+    """Samples side by side; what stands in a bad one's row means nothing."""
+
+    keys: list[str]
+    captions: list[str]
     arrays: dict[str, np.ndarray]
+    """As stored: [B, ...]."""
+    bad: dict[int, Rejected]
+    """By row."""
+
+    def reject(self, row: int, stored: StoredSample, error: BadSampleError) -> None:
+        self.bad[row] = Rejected(key=stored.key, reason=str(error), shard=stored.shard.name)
+
+    def take(self, rows: list[int]) -> "_Rows":
+        return _Rows(
+            keys=[self.keys[row] for row in rows],
+            captions=[self.captions[row] for row in rows],
+            arrays={name: array[rows] for name, array in self.arrays.items()},
+            bad={},
+        )
+
+    def replace(self, row: int, other: "_Rows") -> None:
+        """Put the only sample of `other` into a row."""
+        self.keys[row], self.captions[row] = other.keys[0], other.captions[0]
+        for name, array in self.arrays.items():
+            array[row] = other.arrays[name][0]
 
 
 _Result = tuple[Batch, list[Rejected]]
@@ -93,27 +121,17 @@ class Stream(ABC):
         command: str = "",
     ) -> None:
         option = _option_of(dataset_dir, data_config)
-        self.manifest = Manifest.load(dataset_dir, option=option, command=command)
-        self.command = command
-        if self.manifest.kind is not self.kind:
-            raise ManifestError(
-                f"{option}: {dataset_dir} holds {self.manifest.kind}, not {self.kind}"
-            )
+        self.option, self.config, self.command = option, data_config, command
+        folder, self.manifest = self._load(dataset_dir)
         if global_batch % (micro_batch * world):
             raise ValueError(
                 f"train.global_batch_size: {global_batch} is no multiple of "
                 f"train.micro_batch_size {micro_batch} x {world} ranks"
             )
-        self.option, self.config = option, data_config
-        self.reader = ShardReader(dataset_dir, self.manifest)
-        self._ledger: dict[tuple[str, str], Rejected] = {}
+        self.reader = ShardReader(folder, self.manifest, data_config.cache)
+        self.quarantine = Quarantine(self.num_samples, data_config.max_rejected_share, self.option)
         self._seed, self._rank, self._world, self._flips = seed, rank, world, flips
         self._global_batch, self._micro_batch = global_batch, micro_batch
-
-    @property
-    def rejected(self) -> list[Rejected]:
-        """The bad samples met so far, each once."""
-        return list(self._ledger.values())
 
     @property
     def num_samples(self) -> int:
@@ -121,25 +139,21 @@ class Stream(ABC):
         return self.manifest.samples
 
     @cached_property
-    def plan(self) -> LanePlan:
+    def plan(self) -> LanePlan | MixturePlan:
         """The order of samples."""
-        return LanePlan(
-            np.array([shard.samples for shard in self.manifest.shards], np.int64),
-            seed=self._seed,
-            lanes=self.config.lanes,
-            block=self.config.shuffle_block,
-            global_batch=self._global_batch,
-        )
+        return LanePlan(_sizes(self.manifest), **self._order())
+
+    @property
+    def identity(self) -> str:
+        """What the samples and their numbers are, as a hash."""
+        return self.manifest.hash
 
     def cursor(self, step: int) -> Cursor:
         """Return the cursor of a run that has trained `step` steps."""
         return Cursor(
             version=VERSION,
-            manifest_hash=self.manifest.hash,
-            seed=self._seed,
-            lanes=self.config.lanes,
-            block=self.config.shuffle_block,
-            global_batch=self._global_batch,
+            manifest_hash=self.identity,
+            **self._order(),
             samples=step * self._global_batch,
         )
 
@@ -150,32 +164,29 @@ class Stream(ABC):
             ValueError: more than data.max_rejected_share of the samples are bad.
         """
         accumulated = self._global_batch // (self._micro_batch * self._world)
-        with closing(self._read_ahead(self._requests(start_step))) as results:
+        with (
+            closing(Prefetcher(self.reader.cache)) as prefetcher,
+            closing(self._read_ahead(self._requests(start_step, prefetcher))) as results,
+        ):
             while True:
                 step = list(islice(results, accumulated))
                 for _, rejected in step:
-                    self._note(rejected)
+                    self.quarantine.meet(rejected)
                 yield [batch for batch, _ in step]
 
     def read(self, index: Ids) -> Batch:
-        """Read samples by number, as they are; bad ones are left out and noted in `rejected`.
+        """Read samples by number, as they are; bad ones are left out and noted in `quarantine`.
 
         Raises:
             ValueError: none is left, or more than data.max_rejected_share of all are bad.
         """
         index = np.asarray(index, np.int64)
-        samples: list[_Sample] = []
-        kept: list[bool] = []
-        rejected: list[Rejected] = []
-        for stored in self.reader.find(index):
-            sample = self._try(stored, False, rejected)
-            kept.append(sample is not None)
-            if sample is not None:
-                samples.append(sample)
-        self._note(rejected)
-        if not samples:
+        rows = self._read(self.reader.find(index), np.zeros(len(index), bool))
+        self.quarantine.meet(rows.bad.values())
+        kept = [row for row in range(len(index)) if row not in rows.bad]
+        if not kept:
             raise ValueError(f"{self.option}: none of the {len(index)} samples asked for is usable")
-        return self._batch(samples, np.zeros(len(samples), np.int64), index[np.array(kept)])
+        return self._batch(rows.take(kept), np.zeros(len(kept), np.int64), index[kept])
 
     def captions(self, index: Ids) -> list[str]:
         """Read the captions of samples by number, without their tensors.
@@ -185,9 +196,31 @@ class Stream(ABC):
         """
         return [_caption(stored) for stored in self.reader.find(np.asarray(index, np.int64))]
 
-    def _requests(self, start_step: int) -> Iterator[_Request]:
+    def _load(self, folder: str) -> tuple[str, Manifest]:
+        """Return where the shards are, and their manifest."""
+        return folder, self._load_manifest(folder, self.option)
+
+    def _load_manifest(self, folder: str, option: str) -> Manifest:
+        manifest = Manifest.load(folder, option=option, command=self.command)
+        if manifest.kind is not self.kind:
+            raise ManifestError(f"{option}: {folder} holds {manifest.kind}, not {self.kind}")
+        return manifest
+
+    def _order(self) -> dict[str, int]:
+        return {
+            "seed": self._seed,
+            "lanes": self.config.lanes,
+            "block": self.config.shuffle_block,
+            "global_batch": self._global_batch,
+        }
+
+    def _requests(self, start_step: int, prefetcher: Prefetcher) -> Iterator[_Request]:
         share = self._global_batch // self._world
+        block_steps = -(-self.config.shuffle_block * self.config.lanes // self._global_batch)
         for step in count(start_step):
+            if self.reader.is_remote:
+                shards = self._shards(step, steps_ahead=block_steps)
+                prefetcher.want(self.reader.remote_files(shards))
             epoch, index = self.plan.rank_slice(step, self._rank, self._world)
             flip = np.zeros(share, bool) if self._flips is None else self._flips(epoch, index)
             for start in range(0, share, self._micro_batch):
@@ -200,69 +233,48 @@ class Stream(ABC):
                     flip=flip[part],
                 )
 
+    def _shards(self, step: int, *, steps_ahead: int) -> Ids:
+        return self.plan.shards(step, self._rank, self._world, steps_ahead=steps_ahead)
+
     def _read_ahead(self, requests: Iterator[_Request]) -> Generator[_Result, None, None]:
         return read_ahead.with_thread(self._answer, requests, depth=self.config.prefetch)
 
     def _answer(self, request: _Request) -> _Result:
         """Read a micro batch; the next usable sample of its block stands in for a bad one."""
-        samples: list[_Sample] = []
-        rejected: list[Rejected] = []
-        for number, stored in enumerate(self.reader.find(request.index)):
-            flip = bool(request.flip[number])
-            sample = self._try(stored, flip, rejected)
-            if sample is None:
-                substitutes = self.plan.substitutes(request.step, request.place + number)
-                for substitute in substitutes:
-                    (stored,) = self.reader.find(np.array([substitute]))
-                    sample = self._try(stored, flip, rejected)
-                    if sample is not None:
-                        break
-                else:
-                    raise ValueError(f"{self.option}: a whole block is bad; last: {rejected[-1]}")
-            samples.append(sample)
-        return self._batch(samples, request.epoch, request.index), rejected
+        if self.reader.is_remote:
+            self.reader.keep(self._shards(request.step, steps_ahead=0))
+        rows = self._read(self.reader.find(request.index), request.flip)
+        rejected = list(rows.bad.values())
+        for row in rows.bad:
+            for substitute in self.plan.substitutes(request.step, request.place + row):
+                stored = self.reader.find(np.array([substitute]))
+                other = self._read(stored, request.flip[row : row + 1])
+                rejected += other.bad.values()
+                if not other.bad:
+                    rows.replace(row, other)
+                    break
+            else:
+                raise ValueError(f"{self.option}: a whole block is bad; last: {rejected[-1]}")
+        return self._batch(rows, request.epoch, request.index), rejected
 
-    def _try(self, stored: StoredSample, flip: bool, rejected: list[Rejected]) -> _Sample | None:
-        try:
-            arrays = self._arrays(stored, flip)
-            caption = _caption(stored)
-        except BadSampleError as error:
-            name = stored.shard.name
-            rejected.append(Rejected(key=stored.key, reason=str(error), shard=name))
-            return None
-        return _Sample(key=stored.key, caption=caption, arrays=arrays)
-
-    def _batch(self, samples: list[_Sample], epoch: Ids, index: Ids) -> Batch:
-        stacked = {
-            name: torch.from_numpy(np.stack([sample.arrays[name] for sample in samples]))
-            for name in samples[0].arrays
-        }
+    def _batch(self, rows: _Rows, epoch: Ids, index: Ids) -> Batch:
         return Batch(
             epoch=epoch,
             index=index,
-            keys=[sample.key for sample in samples],
-            captions=[sample.caption for sample in samples],
-            arrays={name: self._to_float(stack) for name, stack in stacked.items()},
+            keys=rows.keys,
+            captions=rows.captions,
+            arrays={
+                name: self._finish(torch.from_numpy(array)) for name, array in rows.arrays.items()
+            },
         )
 
-    def _note(self, rejected: list[Rejected]) -> None:
-        """Enter bad samples into the ledger, each once however often it is met."""
-        for item in rejected:
-            self._ledger.setdefault((item.shard, item.key), item)
-        if rejected and len(self._ledger) > self.config.max_rejected_share * self.num_samples:
-            bad = rejected[-1]
-            raise ValueError(
-                f"data.max_rejected_share: {len(self._ledger)} of {self.num_samples} samples of "
-                f"{self.option} are bad; the last is {bad.key} in {bad.shard}: {bad.reason}"
-            )
-
     @abstractmethod
-    def _arrays(self, stored: StoredSample, flip: bool) -> dict[str, np.ndarray]:
-        """Decode a sample's tensors; of the same shapes for every sample."""
+    def _read(self, samples: StoredBatch, flip: np.ndarray) -> _Rows:
+        """Read samples, mirrored where `flip` says so."""
 
-    @abstractmethod
-    def _to_float(self, stack: torch.Tensor) -> torch.Tensor:
-        """Turn stacked arrays into what the networks take."""
+    def _finish(self, stack: torch.Tensor) -> torch.Tensor:
+        """Turn stacked arrays into those of a batch."""
+        return stack
 
 
 class ImageStream(Stream):
@@ -277,11 +289,21 @@ class ImageStream(Stream):
         depth = self.config.prefetch
         return read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
 
-    def _arrays(self, stored: StoredSample, flip: bool) -> dict[str, np.ndarray]:
-        pixels = decode_square(stored, self.config.image_size)
-        return {"images": pixels[:, ::-1] if flip else pixels}
+    def _read(self, samples: StoredBatch, flip: np.ndarray) -> _Rows:
+        side = self.config.image_size
+        images = np.empty((len(samples), side, side, 3), np.uint8)
+        captions = [""] * len(samples)
+        rows = _Rows(keys=samples.keys(), captions=captions, arrays={"images": images}, bad={})
+        for row, stored in enumerate(samples):
+            try:
+                pixels = decode_square(stored, side)
+                images[row] = pixels[:, ::-1] if flip[row] else pixels
+                captions[row] = _caption(stored)
+            except BadSampleError as error:
+                rows.reject(row, stored, error)
+        return rows
 
-    def _to_float(self, stack: torch.Tensor) -> torch.Tensor:
+    def _finish(self, stack: torch.Tensor) -> torch.Tensor:
         return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
@@ -297,6 +319,7 @@ class LatentStream(Stream):
                 f"{self.option}: the manifest in {dataset_dir} describes no latents"
             )
         self._latents = self.manifest.latents
+        self._layouts = {"moments": ArrayLayout.of(np.float16, (2, *self._latents.shape))}
         if options.get("flips") is not None and not self._latents.flip:
             raise ValueError(
                 f"data.flip: {dataset_dir} has no mirrored latents; set data.flip=false, or "
@@ -307,25 +330,78 @@ class LatentStream(Stream):
                 f"data.store_text: {dataset_dir} has no text embeddings; set data.store_text=false,"
                 f" or delete it and run `{self.command}` again"
             )
+        if data_config.store_text:
+            self._layouts["text"] = self._text_layout()
 
-    def _arrays(self, stored: StoredSample, flip: bool) -> dict[str, np.ndarray]:
-        name = "flip.moments.npy" if flip else "moments.npy"
-        moments = decode_npy(stored.payload(name))
-        if moments.dtype != np.float16 or moments.shape != (2, *self._latents.shape):
-            raise BadSampleError(f"latents of {moments.dtype} {moments.shape}")
-        arrays = {"moments": moments}
-        if self.config.store_text:
-            arrays["text"] = decode_npy(stored.payload("text.npy"))
-        return arrays
+    @cached_property
+    def plan(self) -> LanePlan | MixturePlan:
+        """The order of samples; of those of data.mixture, if it names any."""
+        if not self._sets:
+            return LanePlan(_sizes(self.manifest), **self._order())
+        return MixturePlan(list(map(_sizes, self._sets)), self._weights, **self._order())
 
-    def _to_float(self, stack: torch.Tensor) -> torch.Tensor:
-        return stack.float()
+    @property
+    def identity(self) -> str:
+        """What the samples and their numbers are, as a hash."""
+        lanes = share_lanes(self._weights, self.config.lanes).tolist() if self._sets else []
+        text = json.dumps([self.manifest.hash, lanes])
+        return hashlib.sha256(text.encode()).hexdigest() if lanes else self.manifest.hash
+
+    def _load(self, folder: str) -> tuple[str, Manifest]:
+        folders = [item.latents for item in self.config.mixture]
+        self._weights = [item.weight for item in self.config.mixture]
+        self._sets = [
+            self._load_manifest(folder, f"data.mixture[{number}].latents")
+            for number, folder in enumerate(folders)
+        ]
+        if not self._sets:
+            return super()._load(folder)
+        self.option = "data.mixture"
+        return join_latents(folders, self._sets, self._weights)
+
+    def _text_layout(self) -> ArrayLayout:
+        """Take the shape of the text encoder's output from the first sample that can be read."""
+        for number in range(self.num_samples):
+            (stored,) = self.reader.find(np.array([number]))
+            with suppress(BadSampleError):
+                text = decode_npy(stored.payload("text.npy"))
+                if text.dtype == np.float16 and text.ndim == 2:
+                    return ArrayLayout.of(text.dtype, text.shape)
+        raise ValueError(f"{self.option}: no sample has text embeddings [T, D] of float16")
+
+    def _read(self, samples: StoredBatch, flip: np.ndarray) -> _Rows:
+        """Read all at once, then one by one those that are unlike the others."""
+        captions, sound = samples.texts(samples.members("txt", "cls"))
+        rows = _Rows(keys=samples.keys(), captions=captions, arrays={}, bad={})
+        for name, layout in self._layouts.items():
+            members = samples.members(f"{name}.npy")
+            if name == "moments" and flip.any():
+                members = np.where(flip, samples.members("flip.moments.npy"), members)
+            rows.arrays[name], alike = samples.arrays(members, layout)
+            sound &= alike
+        for row in np.flatnonzero(~sound).tolist():
+            stored = samples[row]
+            try:
+                for name, layout in self._layouts.items():
+                    prefix = "flip." if name == "moments" and flip[row] else ""
+                    array = decode_npy(stored.payload(f"{prefix}{name}.npy"))
+                    if (array.dtype, array.shape) != (layout.dtype, layout.shape):
+                        raise BadSampleError(f"{name} of {array.dtype} {array.shape}")
+                    rows.arrays[name][row] = array
+                captions[row] = _caption(stored)
+            except BadSampleError as error:
+                rows.reject(row, stored, error)
+        return rows
 
 
 def _option_of(dataset_dir: str, config: DataConfig) -> str:
     """Name the option that holds a folder, for errors."""
     options = {"data.train": config.train, "data.val": config.val, "data.latents": config.latents}
     return next((name for name, value in options.items() if value == dataset_dir), "data.dir")
+
+
+def _sizes(manifest: Manifest) -> Ids:
+    return np.array([shard.samples for shard in manifest.shards], np.int64)
 
 
 def _caption(stored: StoredSample) -> str:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data.codecs import encode_npy, encode_png
-from data.config import DataConfig
+from data.config import CacheConfig, DataConfig
 from data.manifest import Kind, LatentInfo, Manifest
 from data.writer import ShardSetWriter
 
@@ -70,7 +70,7 @@ def latent_set(tmp_path: Path) -> Callable[..., DataConfig]:
             mean=[0.0] * 4,
             std=[1.0] * 4,
             flip=flip,
-            text=text,
+            text_encoder="x" if text else "",
         )
         Manifest(kind=Kind.latents, shards=writer.shards, latents=info).save(folder)
         return data_config(tmp_path, **options)
@@ -87,5 +87,6 @@ def data_config(root: Path, **options) -> DataConfig:
         "image_size": SIZE,
         "lanes": 2,
         "shuffle_block": 5,
+        "cache": CacheConfig(dir=str(root / "cache")),
     }
     return DataConfig(**(defaults | options))

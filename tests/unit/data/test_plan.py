@@ -54,6 +54,22 @@ def test_every_number_of_ranks_shares_the_same_global_batch(plan, step):
             np.testing.assert_array_equal(np.concatenate(joined), expected)
 
 
+@settings(deadline=None, max_examples=4)
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=40),
+    st.sampled_from([1, 2, 6, 64, 768, 1024, 3072]),
+    st.integers(1, 5000),
+    st.integers(0, 300),
+)
+def test_the_numbers_of_ranks_of_real_runs_share_the_same_global_batch(sizes, lanes, block, step):
+    plan = LanePlan(np.array([*sizes, lanes]), seed=1, lanes=lanes, block=block, global_batch=3072)
+    whole = plan.step(step)
+    for world in (2, 3, 4, 6, 8, 64, 1024):
+        parts = [plan.rank_slice(step, rank, world) for rank in range(world)]
+        for joined, expected in zip(zip(*parts, strict=True), whole, strict=True):
+            np.testing.assert_array_equal(np.concatenate(joined), expected)
+
+
 @settings(deadline=None, max_examples=60)
 @given(plans, st.integers(0, 100))
 def test_a_fresh_plan_gives_the_same_step_as_one_that_came_all_the_way(plan, step):
@@ -78,6 +94,32 @@ def test_substitutes_are_the_rest_of_the_block(plan, step, data):
     substitutes = list(plan.substitutes(step, place))
     assert len({index, *substitutes}) == 1 + len(substitutes) <= plan.block
     assert set(substitutes) <= set(epochs_of(plan, epoch + 1)[epoch])
+
+
+@settings(deadline=None, max_examples=100)
+@given(plans, st.integers(0, 60), st.integers(0, 12), st.data())
+def test_the_shards_ahead_are_those_of_the_blocks_ahead(plan, step, steps_ahead, data):
+    divisors = [
+        world for world in range(1, plan.global_batch + 1) if plan.global_batch % world == 0
+    ]
+    world = data.draw(st.sampled_from(divisors))
+    rank = data.draw(st.integers(0, world - 1))
+    ends, share = np.cumsum(plan._sizes), plan.global_batch // world
+    per_lane = plan.global_batch // plan.lanes
+    needed: list[set[int]] = []
+    for ahead in range(steps_ahead + 1):
+        needed.append(set())
+        for lane in range(rank * share // per_lane, -(-(rank + 1) * share // per_lane)):
+            for place in range(lane * per_lane, (lane + 1) * per_lane):
+                sample = plan.step(step + ahead)[1][place]
+                block = [sample, *plan.substitutes(step + ahead, place)]
+                needed[-1].update(np.searchsorted(ends, block, side="right").tolist())
+    shards = plan.shards(step, rank, world, steps_ahead=steps_ahead).tolist()
+    assert len(shards) == len(set(shards))
+    assert set(shards) == set.union(*needed)
+    for ahead in range(steps_ahead + 1):
+        soon = set.union(*needed[: ahead + 1])
+        assert set(shards[: len(soon)]) == soon
 
 
 def test_substitutes_go_on_in_the_order_of_the_block():

@@ -114,7 +114,7 @@ def test_latents_are_those_of_the_plan(latent_set):
         np.testing.assert_array_equal(batch.arrays["moments"].numpy(), expected)
         assert batch.arrays["text"][:, 0, 0].tolist() == index.tolist()
         assert batch.arrays["text"].shape == (GLOBAL_BATCH, 3, 5)
-        assert batch.arrays["text"].dtype == torch.float32
+        assert batch.arrays["text"].dtype == batch.arrays["moments"].dtype == torch.float16
     assert "text" not in latents(latent_set(text=True)).read(np.arange(2)).arrays
 
 
@@ -161,13 +161,23 @@ def test_nothing_runs_on_after_a_stream_is_closed(image_set):
     assert multiprocessing.active_children() == []
 
 
-def test_a_killed_worker_is_an_error_and_not_a_gap(image_set):
-    iterator = images(image_set(workers=1, prefetch=1)).steps(0)
-    next(iterator)
-    (worker,) = multiprocessing.active_children()
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_killed_worker_is_an_error_after_which_nothing_is_missing_or_twice(image_set, workers):
+    config = image_set(prefetch=1)
+    expected = take(images(config, micro_batch=8), 12)
+    config.workers = workers
+    iterator = images(config, micro_batch=8).steps(0)
+    found = list(islice(iterator, 2))
     with pytest.raises((ChildProcessError, RuntimeError), match=r"data\.workers|is killed"):
-        os.kill(worker.pid or 0, signal.SIGKILL)
-        list(islice(iterator, 10))
+        os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
+        for step in iterator:
+            found.append(step)
+            assert len(found) < 12
+    resumed = images(config, micro_batch=8).steps(len(found))
+    found += islice(resumed, 12 - len(found))
+    resumed.close()
+    for (batch,), other in zip(found, expected, strict=True):
+        assert_same(batch, other)
 
 
 def by_sample(epoch, index):
@@ -213,7 +223,7 @@ def test_a_damaged_sample_is_replaced_and_no_other_moves(image_set, workers, ext
             else:
                 assert batch.keys[row] == expected.keys[row]
                 assert torch.equal(batch.arrays["images"][row], expected.arrays["images"][row])
-    (rejected,) = stream.rejected
+    (rejected,) = stream.quarantine.rejected
     assert (rejected.shard, rejected.key) == ("000000.tar", "000000004")
     assert rejected.reason == f"the checksum of .{extension} does not match"
 
@@ -245,10 +255,10 @@ def test_reading_by_number_leaves_damaged_samples_out(image_set):
     assert batch.index.tolist() == [3, 5]
     assert batch.captions == ["caption 3", "caption 5"]
     assert torch.equal(batch.arrays["images"][1], expected_image(5))
-    assert [item.key for item in stream.rejected] == ["000000004"]
+    assert [item.key for item in stream.quarantine.rejected] == ["000000004"]
     with pytest.raises(ValueError, match=r"data\.train: none of the 1 samples"):
         stream.read(np.array([4]))
-    assert len(stream.rejected) == 1
+    assert len(stream.quarantine.rejected) == 1
 
 
 @pytest.mark.parametrize("index", [[-1], [20], [0, 99]])
@@ -298,15 +308,57 @@ def test_a_changed_index_is_named(image_set):
 def test_a_remote_set_reads_as_the_local_one(image_set, tmp_path):
     config = image_set()
     local = images(config).read(np.arange(20))
-    store, root = fsspec.core.url_to_fs(f"memory://{tmp_path.name}/remote")
-    for file in Path(config.train).iterdir():
-        store.pipe_file(f"{root}/{file.name}", file.read_bytes())
-    config.train = f"memory://{tmp_path.name}/remote"
+    move_to_store(config, f"memory://{tmp_path.name}/remote")
+    store, root = fsspec.core.url_to_fs(config.train)
     assert_same(images(config).read(np.arange(20)), local)
     shard = f"{root}/000000.tar"
     store.pipe_file(shard, bytes(store.size(shard)))
-    with pytest.raises(ManifestError, match="is not the shard of the manifest"):
+    assert_same(images(config).read(np.arange(20)), local)
+    config.cache.dir += "_empty"
+    with pytest.raises(ManifestError, match=r"000000\.tar is not the file of the manifest"):
         images(config).read(np.arange(20))
+
+
+def move_to_store(config: DataConfig, base: str, share: float = 10.0) -> float:
+    """Move the images to fsspec's memory, with a cache for a share of them; return its bound."""
+    store, root = fsspec.core.url_to_fs(base)
+    sizes = []
+    for file in Path(config.train).iterdir():
+        store.pipe_file(f"{root}/{file.name}", file.read_bytes())
+        sizes.append(file.stat().st_size)
+    config.train, config.cache.max_gib = base, share * sum(sizes) / 2**30
+    return share * sum(sizes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remote_set_streams_as_the_local_one_in_a_small_cache(image_set, tmp_path, workers):
+    config = image_set(samples=60, shard_samples=5)
+    expected = take(images(config), 15)
+    config.workers = workers
+    bound = move_to_store(config, f"memory://{tmp_path.name}/remote", 0.7)
+    for batch, other in zip(take(images(config), 15), expected, strict=True):
+        assert_same(batch, other)
+    assert sum(file.stat().st_size for file in Path(config.cache.dir).iterdir()) <= bound
+
+
+def test_reading_by_number_lets_go_of_shards_when_the_cache_is_full(image_set, tmp_path):
+    config = image_set(samples=60, shard_samples=5)
+    move_to_store(config, f"memory://{tmp_path.name}/remote", 0.3)
+    stream = images(config)
+    for number in range(0, 60, 5):
+        assert stream.read(np.array([number])).keys == [f"{number:09d}"]
+    assert len(stream.reader._open) == 3
+
+
+def test_a_shard_is_let_go_when_its_blocks_are_done(image_set, tmp_path):
+    config = image_set(samples=60, shard_samples=5, prefetch=0)
+    move_to_store(config, f"memory://{tmp_path.name}/remote")
+    stream = images(config, micro_batch=8)
+    for step in range(15):
+        take(stream, 1, step)
+        needed = set(stream.plan.shards(step, 0, 1, steps_ahead=0).tolist())
+        assert 1 < len(stream.reader._open) <= len(needed) < 12
+        assert stream.reader._open.keys() <= needed
 
 
 def test_few_shards_are_open_at_a_time(image_set, monkeypatch):
@@ -327,9 +379,9 @@ def test_latents_of_another_shape_are_bad_samples(latent_set):
     info.save(Path(config.latents))
     stream = latents(config)
     assert stream.read(np.arange(3)).index.tolist() == [0]
-    assert [item.reason for item in stream.rejected] == [
-        "latents of float16 (2, 2, 2, 2)",
-        "latents of float32 (2, 4, 2, 2)",
+    assert [item.reason for item in stream.quarantine.rejected] == [
+        "moments of float16 (2, 2, 2, 2)",
+        "moments of float32 (2, 4, 2, 2)",
     ]
 
 

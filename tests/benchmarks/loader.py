@@ -1,0 +1,227 @@
+"""The latent stream against webdataset, MosaicML streaming, litdata and a plain read of the files.
+
+20,000 samples of 4×32×32 float16 moments, a caption and JSON, in 20 files of each format, all in
+the page cache. One process without worker processes reads batches of 256, shuffled: a tensor of
+the moments and the captions. Only webdataset parses the JSON. Every reader goes on from where its last turn ended, so that opening files and filling
+buffers is timed for none. Rates are samples a second of processor time, of all threads, so that
+whatever else the machine does weighs less; a ratio is ours ÷ theirs, the median over the rounds.
+
+Ours checks every byte against the manifest; the peers check nothing. The plain read copies the
+shards into one buffer, which is used again and stays in the processor's cache.
+"""
+
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader
+
+from data.codecs import encode_npy
+from data.config import DataConfig
+from data.manifest import Kind, LatentInfo, Manifest
+from data.stream import LatentStream
+from data.writer import ShardSetWriter
+
+SAMPLES, SHARDS, BATCH = 20_000, 20, 256
+SHAPE = (2, 4, 32, 32)
+ROUNDS = 9
+TURN_S = 1.0
+READ_BYTES = 2**24
+
+Batch = tuple[torch.Tensor, list[str]]
+
+
+def main() -> None:
+    """One line a reader, then the JSON."""
+    for module, package in (("streaming", "mosaicml-streaming"), ("litdata", "litdata")):
+        if importlib.util.find_spec(module) is None:
+            sys.exit(f"{package} is not installed: run pip install -e '.[bench]'")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="loader-") as folder:
+        rates = _race(Path(folder))
+    report: dict[str, float] = {}
+    for name, theirs in rates.items():
+        if name != "ours":
+            ratios = [our / their for our, their in zip(rates["ours"], theirs, strict=True)]
+            report[f"ratio_{name}"] = round(statistics.median(ratios), 3)
+    for name, rate in rates.items():
+        report[f"{name}_per_s"] = round(statistics.median(rate))
+        print(f"{name:10} {report[f'{name}_per_s']:>9,} samples/s", end="")
+        print(f"  ours is {report[f'ratio_{name}']:.2f}x" if name != "ours" else "")
+    print(json.dumps(report))
+
+
+def moments(number: int) -> np.ndarray:
+    """The latents of a sample: [2, 4, 32, 32] float16."""
+    return np.random.default_rng(number).standard_normal(SHAPE, np.float32).astype(np.float16)
+
+
+def caption(number: int) -> str:
+    """Its caption, which ends with the sample's number."""
+    return f"a photograph of a small brown dog that runs over green grass, number {number}"
+
+
+def metadata(number: int) -> bytes:
+    """Its JSON."""
+    return json.dumps({"width": 512, "height": 512, "number": number}).encode()
+
+
+def _race(root: Path) -> dict[str, list[float]]:
+    """Give every reader a turn a round: samples/s of each turn, by reader."""
+    shards = root / "ours"
+    readers: dict[str, Callable[[], tuple[int, float]]] = {}
+    for name, write, read in (
+        ("ours", _write_shards, _read_ours),
+        ("webdataset", None, lambda _: _read_webdataset(shards)),
+        ("mds", _write_mds, _read_mds),
+        ("litdata", _write_litdata, _read_litdata),
+    ):
+        if write is not None:
+            write(root / name)
+        readers[name] = _turns(read(root / name))
+    readers["raw"] = lambda: _read_raw(shards)
+    rates: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(ROUNDS):
+        for name, turn in readers.items():
+            samples, spent_s = turn()
+            rates[name].append(samples / spent_s)
+    return rates
+
+
+def _turns(batches: Iterator[Batch]) -> Callable[[], tuple[int, float]]:
+    """Check a reader's first epoch, and return what takes its next turn."""
+    numbers = set()
+    for _ in range(SAMPLES // BATCH):
+        tensor, captions = next(batches)
+        number = int(captions[-1].rpartition(" ")[2])
+        numbers.update(captions)
+        assert tensor.dtype == torch.float16 and tensor.shape == (BATCH, *SHAPE)
+        assert captions[-1] == caption(number)
+        assert np.array_equal(tensor[-1].numpy(), moments(number))
+    assert len(numbers) > 0.9 * SAMPLES, "not the whole set"
+
+    def turn() -> tuple[int, float]:
+        start_s, samples = time.process_time(), 0
+        while (spent_s := time.process_time() - start_s) < TURN_S:
+            samples += len(next(batches)[1])
+        return samples, spent_s
+
+    return turn
+
+
+def _read_raw(folder: Path) -> tuple[int, float]:
+    buffer = bytearray(READ_BYTES)
+    start_s, samples = time.process_time(), 0
+    while (spent_s := time.process_time() - start_s) < TURN_S:
+        for path in sorted(folder.glob("*.tar")):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+        samples += SAMPLES
+    return samples, spent_s
+
+
+def _write_shards(folder: Path) -> None:
+    with ShardSetWriter(folder, Kind.latents, SAMPLES // SHARDS) as writer:
+        for number in range(SAMPLES):
+            writer.write(
+                {
+                    "moments.npy": encode_npy(moments(number)),
+                    "txt": caption(number).encode(),
+                    "json": metadata(number),
+                }
+            )
+    info = LatentInfo(
+        source_hash="",
+        encoder="",
+        transform="",
+        shape=list(SHAPE[1:]),
+        mean=[0.0] * SHAPE[1],
+        std=[1.0] * SHAPE[1],
+    )
+    Manifest(kind=Kind.latents, shards=writer.shards, latents=info).save(folder)
+
+
+def _read_ours(folder: Path) -> Iterator[Batch]:
+    config = DataConfig(dir="", train="", val="", latents=str(folder), image_size=256)
+    stream = LatentStream(
+        str(folder), config, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world=1
+    )
+    for (batch,) in stream.steps(0):
+        yield batch.arrays["moments"], batch.captions
+
+
+def _read_webdataset(folder: Path) -> Iterator[Batch]:
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    dataset = (
+        webdataset.WebDataset(shards, shardshuffle=SHARDS)
+        .shuffle(1000)
+        .decode()
+        .to_tuple("moments.npy", "txt")
+        .batched(BATCH, partial=False)
+    )
+    while True:
+        for arrays, captions in dataset:
+            yield torch.as_tensor(arrays), captions
+
+
+def _write_mds(folder: Path) -> None:
+    from streaming import MDSWriter
+
+    shape = ",".join(map(str, SHAPE))
+    columns = {"moments": f"ndarray:float16:{shape}", "caption": "str", "json": "bytes"}
+    size_limit = SAMPLES // SHARDS * 17_000
+    with MDSWriter(out=str(folder), columns=columns, size_limit=size_limit) as writer:
+        for number in range(SAMPLES):
+            sample = {"moments": moments(number), "caption": caption(number)}
+            writer.write(sample | {"json": metadata(number)})
+
+
+def _read_mds(folder: Path) -> Iterator[Batch]:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+    loader = DataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
+    while True:
+        for batch in loader:
+            yield batch["moments"], batch["caption"]
+
+
+def _litdata_sample(number: int) -> dict[str, Any]:
+    tensor = torch.from_numpy(moments(number))
+    return {"moments": tensor, "caption": caption(number), "json": metadata(number).decode()}
+
+
+def _write_litdata(folder: Path) -> None:
+    from litdata import optimize
+
+    optimize(
+        fn=_litdata_sample,
+        inputs=list(range(SAMPLES)),
+        output_dir=str(folder),
+        chunk_size=SAMPLES // SHARDS,
+        num_workers=1,
+    )
+
+
+def _read_litdata(folder: Path) -> Iterator[Batch]:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    dataset = StreamingDataset(str(folder), shuffle=True, drop_last=True)
+    loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
+    while True:
+        for batch in loader:
+            yield batch["moments"], batch["caption"]
+
+
+if __name__ == "__main__":
+    main()
