@@ -2,10 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
+# The peers that the benchmarks run want other versions of our dependencies.
+BENCH_VENV := .venv-bench
+BENCH_INSTALLED := $(BENCH_VENV)/installed
+BENCHMARKS := lane_plan loader precompute
 # What `make demo` runs; more steps train longer, another name keeps the runs apart.
 EXPERIMENT := +experiment=emoji
 
-.PHONY: demo test lint clean
+.PHONY: demo test campaign bench lint clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,5 +35,16 @@ lint: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
+campaign: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m campaign
+
+$(BENCH_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+bench: $(BENCH_INSTALLED)
+	set -e; for name in $(BENCHMARKS); do $(BENCH_VENV)/bin/python -m tests.benchmarks.$$name; done
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info

@@ -30,6 +30,8 @@ class Clip(NamedTuple):
     tokenizer: Callable[[list[str]], Tensor]
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    text_architecture: dict[str, Any]
+    """Options of the text tower, JSON values."""
 
     @property
     def image_size(self) -> int:
@@ -75,6 +77,7 @@ def load_clip(config: ConditionerConfig) -> Clip:
         ),
         image_mean=tuple(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         image_std=tuple(tag.get("std") or open_clip.OPENAI_DATASET_STD),
+        text_architecture={**text, "quick_gelu": architecture.get("quick_gelu", False)},
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.clip import load_clip
 from models.config import ConditionerConfig, ConditionerKind
+from models.weights import hash_network
 
 Captions = Sequence[str | None]
 """What samples are conditioned on; None is no condition."""
@@ -91,6 +92,7 @@ class Text(Conditioner):
             )
         self.context_dim = config.width
         self.penultimate = config.penultimate
+        self.architecture = clip.text_architecture
         self.tokenizer = clip.tokenizer
         self.clip: Any = clip.model
         del self.clip.visual
@@ -115,6 +117,11 @@ class Text(Conditioner):
             intermediates_only=True,
         )
         return states["text_intermediates"][0].float()
+
+
+def fingerprint(text: Text) -> str:
+    """Identity of a text encoder: SHA-256, in hex, of its options and its weights as fp32."""
+    return hash_network(text, {**text.architecture, "penultimate": text.penultimate})
 
 
 def build_conditioner(config: ConditionerConfig) -> Conditioner:
