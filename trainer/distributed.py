@@ -4,9 +4,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,14 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks; collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def sum_(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; collective, in the order of the names."""

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.cursor import Cursor
+from data.manifest import Rejected, write_ledger
 from data.stream import Batch
 from trainer.callbacks import Callback, Callbacks
 from trainer.callbacks.console import Console
@@ -139,11 +138,22 @@ class Run:
         progress.evaluated = not (at_end or (every and progress.step % every == 0))
 
     def _log(self) -> None:
-        rejected = torch.tensor(float(len(self.task.stream.rejected)), dtype=torch.float64)
-        counts = {"data/rejected": rejected}
-        self.ranks.sum_(counts)
-        values = self.meter.values() | {name: count.item() for name, count in counts.items()}
+        self._share_quarantine()
+        values = self.meter.values() | {"data/rejected": float(len(self.task.stream.quarantine))}
         self.callbacks.metrics(self.progress.step, values)
+
+    def _share_quarantine(self) -> None:
+        """Tell all ranks of the bad samples that each has met, and write them down."""
+        quarantine = self.task.stream.quarantine
+        met = [item for items in self.ranks.gather(quarantine.fresh()) for item in items]
+        quarantine.add(met)
+        if met and self.ranks.is_main:
+            path = self.folder / "quarantine.jsonl"
+            write_ledger(path, quarantine.rejected)
+            self._say(
+                f"{len(quarantine)} bad samples replaced so far, listed in {path}; "
+                f"the last: {met[-1].key} in {met[-1].shard}: {met[-1].reason}"
+            )
 
     def _evaluate(self, extra: dict[str, float]) -> None:
         start_s, step = time.perf_counter(), self.progress.step
@@ -158,6 +168,7 @@ class Run:
         self.meter.exclude(time.perf_counter() - start_s)
 
     def _save(self) -> None:
+        self._share_quarantine()
         step = self.progress.step
         self.checkpoints.save(
             step,
@@ -168,6 +179,7 @@ class Run:
                 "images_seen": step * self.config.train.global_batch_size,
                 "adam_steps": self.engine.adam_steps(),
                 "cursor": self.task.stream.cursor(step).to_json(),
+                "quarantine": [asdict(item) for item in self.task.stream.quarantine.rejected],
                 "task": self.task.state(),
                 "meter": self.meter.state(),
                 "world_size": self.ranks.world_size,
@@ -183,6 +195,7 @@ class Run:
         engine.load(tensors, state["adam_steps"])
         self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
         self.meter.load(state["meter"])
+        self.task.stream.quarantine.add(Rejected(**item) for item in state["quarantine"])
         self._say(f"going on from {checkpoint.path}")
         return engine
 
