@@ -105,13 +105,13 @@ class FileCache:
         path = self._folder / file.sha256
         part = path.with_suffix(".part")
         while True:
-            handle = self._lock(path, fcntl.LOCK_SH, os.O_RDONLY)
+            handle = self._open_locked(path, fcntl.LOCK_SH, os.O_RDONLY)
             if handle is not None:
                 if file.size_bytes in (None, os.fstat(handle).st_size):
                     os.utime(handle)
                     return handle
                 _drop(path, handle)
-            handle = self._lock(part, fcntl.LOCK_EX | fcntl.LOCK_NB, os.O_RDWR | os.O_CREAT)
+            handle = self._open_locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB, os.O_RDWR | os.O_CREAT)
             if handle is None:
                 # to wait for the lock itself would last as long as the fetched file is in use
                 time.sleep(POLL_S)
@@ -127,7 +127,7 @@ class FileCache:
                 raise
             os.close(handle)
 
-    def _lock(self, path: Path, operation: int, flags: int) -> int | None:
+    def _open_locked(self, path: Path, operation: int, flags: int) -> int | None:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             return _lock(path, operation, flags)

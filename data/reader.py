@@ -3,7 +3,7 @@
 import hashlib
 import mmap
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from threading import Lock
 from typing import NamedTuple, Self
 
@@ -97,18 +97,20 @@ class StoredBatch:
 
     def __init__(self, shards: dict[int, _OpenShard], numbers: Ids, rows: Ids) -> None:
         self._shards, self._numbers, self._rows = shards, numbers, rows
-        self._groups = [
-            (shard, places, rows[places])
-            for shard, places in (
-                (shard, np.flatnonzero(numbers == number)) for number, shard in shards.items()
-            )
-        ]
+        self._groups: list[tuple[_OpenShard, Ids, Ids]] = []
+        """Each shard with its samples' places in the batch and rows in its index, [n] each."""
+        for number, shard in shards.items():
+            places = np.flatnonzero(numbers == number)
+            self._groups.append((shard, places, rows[places]))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, place: int) -> StoredSample:
         return StoredSample(self._shards[int(self._numbers[place])], int(self._rows[place]))
+
+    def __iter__(self) -> Iterator[StoredSample]:
+        return (self[place] for place in range(len(self)))
 
     def keys(self) -> list[str]:
         """Return the samples' keys, each unique within its shard."""
@@ -162,7 +164,7 @@ class StoredBatch:
         """
         arrays = np.empty((len(self), *layout.shape), layout.dtype)
         sound = np.zeros(len(self), bool)
-        rows = memoryview(arrays.reshape(-1).view(np.uint8))
+        rows = arrays.reshape(-1).view(np.uint8).data
         row_bytes = len(rows) // max(len(self), 1)
         for shard, places, _ in self._groups:
             found = zip(places.tolist(), members[places].tolist(), strict=True)

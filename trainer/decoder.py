@@ -48,7 +48,7 @@ class Decoder:
 
     def __init__(self, config: Config, images: Manifest) -> None:
         self._size = config.data.image_size
-        self._reader = ShardReader(config.data.train, images)
+        self._reader = ShardReader(config.data.train, images, config.data.cache)
 
     def __call__(self, piece: Piece) -> tuple[Samples, Tensor]:
         """Decode a piece: its samples, and the pixels of the good ones, [B, size, size, 3] uint8.

@@ -85,5 +85,4 @@ def test_a_large_set_is_read_in_little_memory(tmp_path, shard_samples):
             read += 2 * batch.arrays["moments"].numel()
             growth.append(process.memory_info().rss - before)
     assert read == SHARDS * shard_samples * 4 * 2**20
-    print(f"{max(growth) / 1e6:.0f} MB")
     assert max(growth) < 300e6, f"{max(growth) / 1e6:.0f} MB"

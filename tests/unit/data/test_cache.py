@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from data import remote
-from data.cache import GIB, CacheFullError, FileCache, Prefetcher, ListedFile
+from data.cache import GIB, CacheFullError, FileCache, ListedFile, Prefetcher
 from data.config import CacheConfig
 from data.manifest import ManifestError
 
@@ -32,13 +32,16 @@ class Store:
         self.fetched: Counter[str] = Counter()
         self.on_piece = lambda: None
 
-    def file(self, number: int, **changes) -> ListedFile:
+    def file(
+        self, number: int, *, sha256: str | None = None, size_bytes: int | None = SIZE
+    ) -> ListedFile:
         location = f"{self.base}/{number}"
         store, path = fsspec.core.url_to_fs(location)
         if not store.exists(path):
             store.pipe_file(path, payload(number))
-        values = {"sha256": hashlib.sha256(payload(number)).hexdigest(), "size_bytes": SIZE}
-        return ListedFile(**({"location": location} | values | changes))
+        if sha256 is None:
+            sha256 = hashlib.sha256(payload(number)).hexdigest()
+        return ListedFile(location=location, sha256=sha256, size_bytes=size_bytes)
 
     def replace(self, number: int, content: bytes) -> None:
         store, path = fsspec.core.url_to_fs(f"{self.base}/{number}")
