@@ -1,28 +1,44 @@
-"""Layers that the first stage and the U-Net share; parameter names are diffusers'."""
+"""Layers that the first stage and the U-Net share; parameter names are diffusers'.
+
+A grid is [B, C, h, w]; its rows [B·h·w, C] are the pixels of all images, one below the other.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.activations import GroupNormSiLU
+from models.activations import GroupNormModulateSiLU, GroupNormSiLU
 from models.attention import attention
+from models.linear import Linear
 
 
 class ResBlock(nn.Module):
-    """Residual block of two convolutions, shifted by a time embedding if there is one.
+    """Residual block of two convolutions, told the time if there is a time embedding.
 
-    Ho et al. 2020, appendix B. forward: x [B, C_in, h, w], time [B, time_dim] after its SiLU
-    → [B, C_out, h, w].
+    Ho et al. 2020, appendix B. scale_shift: the time scales and shifts the second normalisation's
+    output; otherwise it shifts its input. resample: between the first normalisation and
+    convolution, and on the skip path: a layer without parameters (Dhariwal and Nichol 2021).
+    forward: x [B, C_in, h, w], time [B, time_dim] after its SiLU → [B, C_out, h', w'].
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_dim: int = 0
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        eps: float,
+        time_dim: int = 0,
+        scale_shift: bool = False,
+        resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        second_norm = GroupNormModulateSiLU if scale_shift else GroupNormSiLU
         self.norm1 = GroupNormSiLU(groups, in_channels, eps)
+        self.resample = resample or nn.Identity()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         if time_dim:
-            self.time_emb_proj = nn.Linear(time_dim, out_channels)
-        self.norm2 = GroupNormSiLU(groups, out_channels, eps)
+            self.time_emb_proj = Linear(time_dim, (2 if scale_shift else 1) * out_channels)
+        self.norm2 = second_norm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -31,10 +47,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """See the class."""
-        h = self.conv1(self.norm1(x))
-        if time is not None:
-            h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+        h = self.conv1(self.resample(self.norm1(x)))
+        h = self.conv2(self.norm2(h, None if time is None else self.time_emb_proj(time)))
+        x = self.resample(x)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -46,8 +61,8 @@ class Downsample(nn.Module):
         self.pad_right_only = pad_right_only
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if pad_right_only else 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """See the class. time: of use to the ResBlock that may stand in this place."""
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pad_right_only else x)
 
 
@@ -58,13 +73,13 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """See the class. time: of use to the ResBlock that may stand in this place."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, width] to context [B, M, context_dim], or to itself.
+    """Multi-head attention of the rows of B images to those of their contexts, or to themselves.
 
     Vaswani et al. 2017, section 3.2.2.
     """
@@ -77,19 +92,17 @@ class Attention(nn.Module):
             raise ValueError(f"{heads} attention heads do not divide {width} channels")
         self.heads = heads
         self.head_dim = width // heads
-        self.to_q = nn.Linear(width, width, bias=qkv_bias)
-        self.to_k = nn.Linear(context_dim or width, width, bias=qkv_bias)
-        self.to_v = nn.Linear(context_dim or width, width, bias=qkv_bias)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_q = Linear(width, width, bias=qkv_bias)
+        self.to_k = Linear(context_dim or width, width, bias=qkv_bias)
+        self.to_v = Linear(context_dim or width, width, bias=qkv_bias)
+        self.to_out = nn.Sequential(Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """See the class. Returns [B, N, width]."""
-        source = x if context is None else context
-        split = (self.heads, self.head_dim)
-        q = self.to_q(x).unflatten(-1, split)
-        k = self.to_k(source).unflatten(-1, split)
-        v = self.to_v(source).unflatten(-1, split)
-        return self.to_out(attention(q, k, v).flatten(-2))
+    def attend(self, x: Tensor, context: Tensor, batch: int) -> Tensor:
+        """x: [B·N, width]; context: [B·M, context_dim], x for self-attention → [B·N, width]."""
+        split = (batch, -1, self.heads, self.head_dim)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        mixed = attention(q.view(split), k.view(split), v.view(split))
+        return self.to_out(mixed.reshape(x.shape))
 
 
 class SpatialAttention(Attention):
@@ -100,8 +113,9 @@ class SpatialAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, eps)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """See the class."""
-        return x + to_grid(super().forward(to_tokens(self.group_norm(x)), context), like=x)
+        """See the class. context: of use to the transformer that may stand in this place."""
+        rows = to_rows(self.group_norm(x))
+        return x + to_grid(self.attend(rows, rows, len(x)), like=x)
 
 
 class MidBlock(nn.Module):
@@ -115,18 +129,19 @@ class MidBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
-        """x: [B, C, h, w]; time: [B, time_dim]; context: [B, M, context_dim]."""
+        """x: [B, C, h, w]; time: [B, time_dim]; context: [B·M, context_dim]."""
         x = self.resnets[0](x, time)
         for attend in self.attentions:
             x = attend(x, context)
         return self.resnets[1](x, time)
 
 
-def to_tokens(x: Tensor) -> Tensor:
-    """[B, C, h, w] → [B, h·w, C]; free when x is stored channels-last."""
-    return x.flatten(2).transpose(1, 2).contiguous()
+def to_rows(x: Tensor) -> Tensor:
+    """[B, C, h, w] → [B·h·w, C]; a view when x is stored channels-last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def to_grid(tokens: Tensor, *, like: Tensor) -> Tensor:
-    """[B, h·w, C] → a view [B, C, h, w], with h and w of `like`."""
-    return tokens.transpose(1, 2).unflatten(2, like.shape[-2:])
+def to_grid(rows: Tensor, *, like: Tensor) -> Tensor:
+    """[B·h·w, C] → a view [B, C, h, w], with B, h and w of `like`."""
+    batch, _, height, width = like.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2)

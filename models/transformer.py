@@ -1,43 +1,33 @@
 """Cross-attention transformer of the U-Net (Rombach et al. 2022, section 3.3)."""
 
-import torch.nn.functional as F
+from collections import OrderedDict
+
 from torch import Tensor, nn
 
-from models.activations import geglu
-from models.blocks import Attention, to_grid, to_tokens
+from models.activations import GEGLULinear
+from models.blocks import Attention, to_grid, to_rows
+from models.linear import Linear, PointwiseConv
 
 
-class GEGLU(nn.Module):
-    """Gated linear unit with a GELU gate (Shazeer 2020, equation 6): [..., in] → [..., out]."""
+class FeedForward(nn.Sequential):
+    """A gated layer, four times as wide, and one back (Shazeer 2020, equation 6): [rows, width].
 
-    def __init__(self, in_width: int, out_width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(in_width, 2 * out_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return geglu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    """Two layers, four times as wide between them: [B, N, width] → the same."""
+    The names are those of a GEGLU layer with its projection, a dropout, and a linear layer.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # The identity keeps the last layer's name, net.2, where others have a dropout.
         self.net = nn.Sequential(
-            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
+            nn.Sequential(OrderedDict(proj=Linear(width, 8 * width))),
+            nn.Identity(),
+            GEGLULinear(4 * width, width),
         )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
-        return self.net(tokens)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a feed-forward layer, each residual, normalised before.
 
-    forward: tokens [B, N, width], context [B, M, context_dim] → [B, N, width].
+    forward: rows [B·N, width], context [B·M, context_dim], B → [B·N, width].
     """
 
     def __init__(self, width: int, heads: int, context_dim: int) -> None:
@@ -49,22 +39,12 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, context: Tensor, batch: int) -> Tensor:
         """See the class."""
-        tokens = tokens + self.attn1(self.norm1(tokens))
-        tokens = tokens + self.attn2(self.norm2(tokens), context)
-        return tokens + self.ff(self.norm3(tokens))
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, its weight stored as one, of pixels given as tokens [B, N, C]."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """See the class."""
-        return F.linear(input, self.weight.flatten(1), self.bias)
+        normed = self.norm1(rows)
+        rows = rows + self.attn1.attend(normed, normed, batch)
+        rows = rows + self.attn2.attend(self.norm2(rows), context, batch)
+        return rows + self.ff(self.norm3(rows))
 
 
 class SpatialTransformer(nn.Module):
@@ -85,7 +65,7 @@ class SpatialTransformer(nn.Module):
         linear_projection: bool,
     ) -> None:
         super().__init__()
-        projection = nn.Linear if linear_projection else PointwiseConv
+        projection = Linear if linear_projection else PointwiseConv
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList(
@@ -94,8 +74,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = projection(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, C, h, w]; context: [B, M, context_dim] → [B, C, h, w]."""
-        tokens = self.proj_in(to_tokens(self.norm(x)))
+        """x: [B, C, h, w]; context: [B·M, context_dim] → [B, C, h, w]."""
+        rows = self.proj_in(to_rows(self.norm(x)))
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
-        return x + to_grid(self.proj_out(tokens), like=x)
+            rows = block(rows, context, len(x))
+        return x + to_grid(self.proj_out(rows), like=x)

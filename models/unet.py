@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.activations import GroupNormSiLU
+from models.attention import AttentionShape
 from models.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
 from models.config import UNetConfig
+from models.linear import Linear
 from models.transformer import SpatialTransformer
 
 NORM_EPS = 1e-5
@@ -28,39 +30,41 @@ class UNet2DCondition(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
-        widths = config.block_out_channels
+        widths, layers = config.block_out_channels, config.layers_per_block
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
-        res_block, attention = _res_blocks(config), _attentions(config)
 
         self.down_blocks = nn.ModuleList()
         width, skips = widths[0], [widths[0]]
         for level, level_width in enumerate(widths):
-            last = level == len(widths) - 1
             block = DownBlock()
-            for _ in range(config.layers_per_block):
-                block.resnets.append(res_block(width, level_width))
+            for _ in range(layers):
+                block.resnets.append(_res_block(config, width, level_width))
                 if config.attention[level]:
-                    block.attentions.append(attention(level))
+                    block.attentions.append(_attention(config, level))
                 width = level_width
                 skips.append(width)
-            if not last:
-                block.downsamplers = nn.ModuleList([Downsample(width)])
+            if level < len(widths) - 1:
+                block.downsamplers.append(_downsample(config, width))
                 skips.append(width)
             self.down_blocks.append(block)
 
-        self.mid_block = MidBlock(res_block(width, width), attention(-1), res_block(width, width))
+        self.mid_block = MidBlock(
+            _res_block(config, width, width),
+            _attention(config, -1),
+            _res_block(config, width, width),
+        )
 
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             block = UpBlock()
-            for _ in range(config.layers_per_block + 1):
-                block.resnets.append(res_block(width + skips.pop(), widths[level]))
+            for _ in range(layers + 1):
+                block.resnets.append(_res_block(config, width + skips.pop(), widths[level]))
                 if config.attention[level]:
-                    block.attentions.append(attention(level))
+                    block.attentions.append(_attention(config, level))
                 width = widths[level]
             if level > 0:
-                block.upsamplers = nn.ModuleList([Upsample(width)])
+                block.upsamplers.append(_upsample(config, width))
             self.up_blocks.append(block)
 
         self.conv_norm_out = GroupNormSiLU(config.norm_groups, width, NORM_EPS)
@@ -70,12 +74,18 @@ class UNet2DCondition(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """Model output for each sample of the batch.
 
-        latents: [B, C, h, w]; timesteps: [B]; context: [B, M, context_dim], None if that is 0.
+        latents: [B, in_channels, h, w]; timesteps: [B]; context: [B, M, context_dim], None if that
+        is 0, M = 1 if it is added to the time embedding.
         Returns [B, out_channels, h, w]. Raises ValueError when h or w cannot be halved between the
         levels, or when a context is missing or has no use.
         """
         self._check_inputs(latents, context)
-        time = F.silu(self.time_embedding(timesteps))
+        time = self.time_embedding(timesteps)
+        if context is not None:
+            context = context.flatten(0, 1)
+        if self.config.add_context:
+            time = time + context
+        time = F.silu(time)
         run = _recomputed if self.config.gradient_checkpointing and self.training else _stored
         skips = [self.conv_in(latents)]
         for down_block in self.down_blocks:
@@ -102,6 +112,11 @@ class UNet2DCondition(nn.Module):
                 f"{'no' if context is None else 'a'} context: set it to the conditioner's width, "
                 f"0 for conditioner=none"
             )
+        if self.config.add_context and context is not None and context.shape[1] != 1:
+            raise ValueError(
+                f"unet.add_context adds one token to the time embedding, but the conditioner gives "
+                f"{context.shape[1]}: choose conditioner.kind=class_label, or false"
+            )
 
     def _start_as_identity(self) -> None:
         """Zero the last layer of every residual branch, and of the network, as LDM does."""
@@ -124,8 +139,8 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__()
         self.width = width
-        self.linear_1 = nn.Linear(width, out_width)
-        self.linear_2 = nn.Linear(out_width, out_width)
+        self.linear_1 = Linear(width, out_width)
+        self.linear_2 = Linear(out_width, out_width)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """See the class."""
@@ -167,7 +182,7 @@ class DownBlock(nn.Module):
             if self.attentions:
                 x = run(self.attentions[layer], x, context)
             outputs.append(x)
-        outputs.extend(downsample(x) for downsample in self.downsamplers)
+        outputs.extend(run(downsample, x, time) for downsample in self.downsamplers)
         return outputs
 
 
@@ -189,15 +204,22 @@ class UpBlock(nn.Module):
             if self.attentions:
                 x = run(self.attentions[layer], x, context)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = run(upsample, x, time)
         return x
 
 
-def attention_head_dims(config: UNetConfig) -> list[int]:
-    """The widths of a head that the U-Net has, for `probe_attention`."""
-    return sorted(
-        {config.block_out_channels[level] // config.heads[level] for level in _attending(config)}
-    )
+def attention_shapes(
+    config: UNetConfig, batch: int, latent_side: int, context_tokens: int
+) -> list[AttentionShape]:
+    """Every attention that the U-Net computes, for `choose_attention`."""
+    shapes = set()
+    for level in _attending(config):
+        heads = config.heads[level]
+        pixels = (latent_side // 2**level) ** 2
+        keys = {pixels, context_tokens} if _attends_context(config) else {pixels}
+        head_dim = config.block_out_channels[level] // heads
+        shapes |= {AttentionShape(batch, pixels, count, heads, head_dim) for count in keys}
+    return sorted(shapes)
 
 
 def _attending(config: UNetConfig) -> set[int]:
@@ -206,28 +228,47 @@ def _attending(config: UNetConfig) -> set[int]:
     return {level for level in levels if config.attention[level] or level == levels[-1]}
 
 
-def _res_blocks(config: UNetConfig) -> Callable[[int, int], ResBlock]:
-    time_dim = 4 * config.block_out_channels[0]
-    return lambda in_width, width: ResBlock(
-        in_width, width, groups=config.norm_groups, eps=NORM_EPS, time_dim=time_dim
+def _attends_context(config: UNetConfig) -> bool:
+    return config.context_dim > 0 and not config.add_context
+
+
+def _res_block(
+    config: UNetConfig, in_width: int, width: int, resample: nn.Module | None = None
+) -> ResBlock:
+    return ResBlock(
+        in_width,
+        width,
+        groups=config.norm_groups,
+        eps=NORM_EPS,
+        time_dim=4 * config.block_out_channels[0],
+        scale_shift=config.scale_shift_norm,
+        resample=resample,
     )
 
 
-def _attentions(config: UNetConfig) -> Callable[[int], nn.Module]:
-    if config.context_dim:
-        return lambda level: SpatialTransformer(
-            config.block_out_channels[level],
-            config.heads[level],
-            depth=config.transformer_depth,
-            context_dim=config.context_dim,
-            groups=config.norm_groups,
-            linear_projection=config.linear_projection,
-        )
-    return lambda level: SpatialAttention(
-        config.block_out_channels[level],
-        config.heads[level],
+def _downsample(config: UNetConfig, width: int) -> nn.Module:
+    if config.resblock_updown:
+        return _res_block(config, width, width, resample=nn.AvgPool2d(2))
+    return Downsample(width)
+
+
+def _upsample(config: UNetConfig, width: int) -> nn.Module:
+    if config.resblock_updown:
+        return _res_block(config, width, width, resample=nn.Upsample(scale_factor=2.0))
+    return Upsample(width)
+
+
+def _attention(config: UNetConfig, level: int) -> nn.Module:
+    width, heads = config.block_out_channels[level], config.heads[level]
+    if not _attends_context(config):
+        return SpatialAttention(width, heads, groups=config.norm_groups, eps=NORM_EPS)
+    return SpatialTransformer(
+        width,
+        heads,
+        depth=config.transformer_depth,
+        context_dim=config.context_dim,
         groups=config.norm_groups,
-        eps=NORM_EPS,
+        linear_projection=config.linear_projection,
     )
 
 
@@ -255,3 +296,9 @@ def _check(config: UNetConfig) -> None:
                 f"unet.heads[{level}] = {config.heads[level]} does not divide the {width} of "
                 f"unet.block_out_channels"
             )
+    time_dim = 4 * config.block_out_channels[0]
+    if config.add_context and config.context_dim != time_dim:
+        raise ValueError(
+            f"unet.add_context needs a context as wide as the time embedding: set "
+            f"unet.context_dim = conditioner.width = {time_dim}, not {config.context_dim}"
+        )

@@ -5,16 +5,39 @@ from hypothesis import strategies as st
 
 from models import attention as module
 from models.attention import (
+    CPU_HEAD_DIM,
+    AttentionShape,
+    Backend,
     attention,
-    probe_attention,
+    choose_attention,
+    padded_sdpa_attention,
     reference_attention,
     sdpa_attention,
     why_not_xformers,
+    xformers_attention,
 )
+from models.config import AttentionBackend
 
 CPU = torch.device("cpu")
 
 
+SHAPES = [AttentionShape(2, 16, 5, 2, 8), AttentionShape(2, 16, 16, 2, 8)]
+
+
+def assert_same(backend: Backend, inputs: list[torch.Tensor], rtol: float, atol: float) -> None:
+    """Outputs and gradients are those of the equation."""
+    probe = torch.randn_like(inputs[0])
+    results = []
+    for compute in (backend, reference_attention):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        output = compute(*leaves)
+        assert output.shape == probe.shape
+        results.append((output, *torch.autograd.grad((output * probe).sum(), leaves)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("backend", [sdpa_attention, padded_sdpa_attention])
 @settings(deadline=None, max_examples=25)
 @given(
     st.integers(1, 3),
@@ -23,18 +46,12 @@ CPU = torch.device("cpu")
     st.integers(1, 4),
     st.sampled_from([1, 4, 8, 20, 40]),
 )
-def test_sdpa_agrees_with_the_equation_forward_and_backward(batch, queries, keys, heads, width):
+def test_sdpa_agrees_with_the_equation_forward_and_backward(
+    backend, batch, queries, keys, heads, width
+):
     torch.manual_seed(0)
     shapes = [(batch, count, heads, width) for count in (queries, keys, keys)]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    probe = torch.randn(shapes[0])
-    results = []
-    for backend in (sdpa_attention, reference_attention):
-        output = backend(*inputs)
-        assert output.shape == probe.shape
-        results.append((output, *torch.autograd.grad((output * probe).sum(), inputs)))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+    assert_same(backend, [torch.randn(shape) for shape in shapes], rtol=1e-4, atol=2e-5)
 
 
 def test_the_equation_is_an_average_of_the_values():
@@ -43,18 +60,120 @@ def test_the_equation_is_an_average_of_the_values():
     torch.testing.assert_close(uniform, v.mean(dim=1, keepdim=True))
 
 
-def test_on_the_cpu_the_probe_takes_sdpa_and_says_why(monkeypatch):
-    monkeypatch.setattr(module, "_backend", reference_attention)
-    line = probe_attention(CPU, torch.float32, [8])
-    assert line == "attention: SDPA (xformers has no CPU kernels)"
-    assert module._backend is sdpa_attention
+def choose(monkeypatch, backend: AttentionBackend) -> tuple[str, Backend]:
+    monkeypatch.setattr(module, "_backend", sdpa_attention)
+    line = choose_attention(backend, CPU, torch.float32, SHAPES)
+    return line, module._backend
 
 
-def test_a_device_without_kernels_is_one_line_of_reason():
-    reason = why_not_xformers(CPU, torch.float32, [40, 8])
+@pytest.mark.parametrize(
+    ("backend", "line", "chosen"),
+    [
+        (
+            AttentionBackend.auto,
+            "attention: SDPA (xformers has no CPU kernels)",
+            padded_sdpa_attention,
+        ),
+        (
+            AttentionBackend.sdpa,
+            "attention: SDPA (unet.attention_backend)",
+            padded_sdpa_attention,
+        ),
+        (
+            AttentionBackend.reference,
+            "attention: the reference, slow (unet.attention_backend)",
+            reference_attention,
+        ),
+    ],
+)
+def test_on_the_cpu_the_choice_is_one_line(monkeypatch, backend, line, chosen):
+    assert choose(monkeypatch, backend) == (line, chosen)
+
+
+def test_xformers_that_cannot_be_had_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match=r"unet\.attention_backend=xformers, but xformers has no"):
+        choose(monkeypatch, AttentionBackend.xformers)
+
+
+def try_on_another_device(monkeypatch, backend: Backend) -> str | None:
+    """What is said of xformers on the meta device, which computes shapes alone."""
+    monkeypatch.setattr(module, "xformers_attention", backend)
+    return why_not_xformers(torch.device("meta"), torch.bfloat16, SHAPES)
+
+
+def test_xformers_is_tried_with_every_shape_and_the_dtype_of_the_run(monkeypatch):
+    tried = []
+
+    def works(q, k, v):
+        tried.append((q.dtype, AttentionShape._make((*q.shape[:2], k.shape[1], *q.shape[2:]))))
+        return sdpa_attention(q, k, v)
+
+    assert try_on_another_device(monkeypatch, works) is None
+    assert tried == [(torch.bfloat16, shape) for shape in SHAPES]
+
+
+def test_a_failing_forward_is_one_line_of_reason(monkeypatch):
+    def fails(q, k, v):
+        raise NotImplementedError("no operator found\nfor these inputs")
+
+    assert try_on_another_device(monkeypatch, fails) == (
+        "xformers fails at batch=2 queries=16 keys=5 heads=2 head_dim=8: "
+        "NotImplementedError: no operator found"
+    )
+
+
+def test_a_failing_backward_is_found_too(monkeypatch):
+    class OnlyForward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError("no backward kernel")
+
+    reason = try_on_another_device(monkeypatch, lambda q, k, v: OnlyForward.apply(q, k, v))
     assert reason is not None
-    assert reason.startswith("xformers fails at head width 8: NotImplementedError")
-    assert "\n" not in reason
+    assert reason.endswith("RuntimeError: no backward kernel")
+
+
+def test_narrow_heads_are_padded_on_the_cpu_and_others_left(monkeypatch):
+    widths = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        widths.append(q.shape[-1])
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", spy)
+    for width in (4, CPU_HEAD_DIM, 40):
+        padded_sdpa_attention(*[torch.randn(1, 3, 2, width) for _ in range(3)])
+    assert widths == [CPU_HEAD_DIM, CPU_HEAD_DIM, 40]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [sdpa_attention, xformers_attention])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_gpu_kernels_agree_with_the_equation(backend, head_dim):
+    device = torch.device("cuda")
+    shape = AttentionShape(2, 256, 77, 4, head_dim)
+    if backend is xformers_attention:
+        assert why_not_xformers(device, torch.bfloat16, [shape]) is None
+    torch.manual_seed(0)
+    sizes = [(2, tokens, 4, head_dim) for tokens in (256, 77, 77)]
+    inputs = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
+    assert_same(backend, inputs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_choice_trains(monkeypatch):
+    monkeypatch.setattr(module, "_backend", reference_attention)
+    device = torch.device("cuda")
+    line = choose_attention(AttentionBackend.auto, device, torch.bfloat16, SHAPES)
+    assert line.startswith("attention: ")
+    q = torch.randn(2, 16, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    attention(q, q, q).sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("backend", [sdpa_attention, reference_attention])

@@ -1,10 +1,14 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from models.attention import AttentionShape
+from models.blocks import SpatialAttention
 from models.config import UNetConfig
-from models.unet import TimeEmbedding, UNet2DCondition, attention_head_dims
+from models.unet import TimeEmbedding, UNet2DCondition, attention_shapes
 from tests.unit.models.oracles import (
     assert_same_outputs_and_gradients,
     diffusers,
@@ -12,6 +16,7 @@ from tests.unit.models.oracles import (
 )
 
 TIMESTEPS = torch.tensor([3, 977])
+SHIPPED = Path(__file__).parents[3] / "conf" / "unet"
 
 
 def small(**options) -> UNetConfig:
@@ -39,22 +44,32 @@ def diffusers_condition(config: UNetConfig) -> Any:
         cross_attention_dim=config.context_dim,
         use_linear_projection=config.linear_projection,
         norm_num_groups=config.norm_groups,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift_norm else "default",
     )
 
 
 def diffusers_unconditional(config: UNetConfig, head_dim: int) -> Any:
-    names = ["Attn" if attends else "" for attends in config.attention]
+    """Without cross-attention; a class is added to the time."""
+    resample = "resnet" if config.resblock_updown else "conv"
+    down, up = "DownBlock2D", "UpBlock2D"
+    if config.resblock_updown:
+        down, up = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
     return diffusers.UNet2DModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         block_out_channels=config.block_out_channels,
-        down_block_types=[f"{name}DownBlock2D" for name in names],
-        up_block_types=[f"{name}UpBlock2D" for name in reversed(names)],
+        down_block_types=["AttnDownBlock2D" if attends else down for attends in config.attention],
+        up_block_types=["AttnUpBlock2D" if attends else up for attends in config.attention[::-1]],
+        downsample_type=resample,
+        upsample_type=resample,
         layers_per_block=config.layers_per_block,
         attention_head_dim=head_dim,
         flip_sin_to_cos=True,
         freq_shift=0,
         norm_num_groups=config.norm_groups,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift_norm else "default",
+        attn_norm_num_groups=config.norm_groups,
+        class_embed_type="identity" if config.add_context else None,
     )
 
 
@@ -67,6 +82,7 @@ def diffusers_unconditional(config: UNetConfig, head_dim: int) -> Any:
             {"attention": [False, True, True], "transformer_depth": 2, "in_channels": 6},
             id="LDM layout: depth 2, attention below the top",
         ),
+        pytest.param({"scale_shift_norm": True}, id="scale-shift norm"),
         pytest.param(
             {
                 "block_out_channels": [16, 32],
@@ -95,8 +111,26 @@ def test_conditional_unet_is_diffusers(options):
     )
 
 
-def test_unconditional_unet_is_diffusers():
-    config = small(attention=[False, True, True], context_dim=0, in_channels=3, out_channels=3)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="faces"),
+        pytest.param(
+            {"scale_shift_norm": True, "resblock_updown": True},
+            id="churches: scale-shift norm, ResBlocks change the resolution",
+        ),
+        pytest.param(
+            {"in_channels": 7, "resblock_updown": True}, id="inpainting: concatenated condition"
+        ),
+        pytest.param(
+            {"attention": [False, False, False], "in_channels": 6},
+            id="semantic synthesis: attention in the middle only",
+        ),
+    ],
+)
+def test_unconditional_unet_is_diffusers(options):
+    defaults = {"attention": [False, True, True], "context_dim": 0, "in_channels": 3}
+    config = small(**(defaults | {"out_channels": 3} | options))
     ours, theirs = UNet2DCondition(config), diffusers_unconditional(config, head_dim=8)
     load_both_ways(ours, theirs)
     torch.manual_seed(0)
@@ -105,8 +139,24 @@ def test_unconditional_unet_is_diffusers():
         theirs,
         lambda x, t: ours(x, t),
         lambda x, t: theirs(x, t).sample,
-        torch.randn(2, 3, 8, 8),
+        torch.randn(2, config.in_channels, 8, 8),
         TIMESTEPS,
+    )
+
+
+def test_a_class_added_to_the_time_is_diffusers():
+    config = small(attention=[False, True, True], add_context=True, context_dim=64)
+    ours, theirs = UNet2DCondition(config), diffusers_unconditional(config, head_dim=8)
+    load_both_ways(ours, theirs)
+    torch.manual_seed(0)
+    assert_same_outputs_and_gradients(
+        ours,
+        theirs,
+        lambda x, t, c: ours(x, t, c[:, None]),
+        lambda x, t, c: theirs(x, t, c).sample,
+        torch.randn(2, 4, 8, 8),
+        TIMESTEPS,
+        torch.randn(2, 64),
     )
 
 
@@ -149,71 +199,38 @@ def test_gradient_checkpointing_stores_less():
     assert sum(stored[True].values()) < 0.5 * sum(stored[False].values())
 
 
-LEVELS_BELOW_TOP = [False, True, True, True]
+def shipped(name: str) -> UNetConfig:
+    return UNetConfig(**yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()))
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters"),
+    ("name", "parameters", "tensors"),
     [
-        pytest.param({"context_dim": 768}, 859_520_964, id="SD 1"),
-        pytest.param({"context_dim": 1280}, 872_300_484, id="LDM text 1.45B"),
-        pytest.param(
-            {
-                "in_channels": 3,
-                "out_channels": 3,
-                "block_out_channels": [192, 384, 576, 960],
-                "attention": LEVELS_BELOW_TOP,
-                "heads": [1, 1, 1, 1],
-                "context_dim": 512,
-            },
-            400_920_579,
-            id="LDM-4 ImageNet",
-        ),
-        pytest.param(
-            {
-                "block_out_channels": [256, 512, 1024],
-                "attention": [True, True, True],
-                "heads": [8, 16, 32],
-                "context_dim": 512,
-            },
-            394_984_196,
-            id="LDM-8 ImageNet",
-        ),
-        pytest.param(
-            {
-                "in_channels": 3,
-                "out_channels": 3,
-                "block_out_channels": [128, 256, 384, 512],
-                "attention": LEVELS_BELOW_TOP,
-                "heads": [4, 8, 12, 16],
-                "transformer_depth": 3,
-                "context_dim": 512,
-            },
-            246_277_379,
-            id="LDM-4 layout",
-        ),
-        pytest.param(
-            {
-                "in_channels": 3,
-                "out_channels": 3,
-                "block_out_channels": [224, 448, 672, 896],
-                "attention": LEVELS_BELOW_TOP,
-                "heads": [7, 14, 21, 28],
-                "context_dim": 0,
-            },
-            274_056_163,
-            id="LDM-4 unconditional",
-        ),
+        ("sd1", 859_520_964, 686),
+        ("sd2", 865_910_724, 686),
+        ("text_1b", 872_300_484, 686),
+        ("ldm4_class", 400_920_579, 688),
+        ("ldm8_class", 394_984_196, 626),
+        ("ldm4_unconditional", 274_056_163, 368),
+        ("ldm8_churches", 294_966_916, 520),
+        ("layout", 246_277_379, 1_328),
+        ("semantic", 215_229_315, 216),
+        ("inpainting", 387_245_827, 416),
+        ("superresolution", 113_622_563, 306),
     ],
 )
-def test_parameter_counts_of_published_models(options, parameters):
+def test_shipped_unets_have_the_published_counts(name, parameters, tensors):
     with torch.device("meta"):
-        unet = UNet2DCondition(UNetConfig(**options))
+        unet = UNet2DCondition(shipped(name))
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+    # The originals keep q, k and v of plain attention in one weight and one bias.
+    apart = sum(4 for layer in unet.modules() if isinstance(layer, SpatialAttention))
+    assert len(list(unet.parameters())) - apart == tensors
 
 
-def test_sd2_has_diffusers_names_and_shapes():
-    config = UNetConfig(context_dim=1024, heads=[5, 10, 20, 20], linear_projection=True)
+@pytest.mark.parametrize("name", ["sd1", "sd2", "layout"])
+def test_shipped_conditional_unets_have_diffusers_names_and_shapes(name):
+    config = shipped(name)
     with torch.device("meta"):
         ours, theirs = UNet2DCondition(config), diffusers_condition(config)
     shapes = [
@@ -221,11 +238,22 @@ def test_sd2_has_diffusers_names_and_shapes():
         for network in (ours, theirs)
     ]
     assert shapes[0] == shapes[1]
-    assert attention_head_dims(config) == [64]
 
 
-def test_head_dims_are_those_of_attending_levels_and_the_middle():
-    assert attention_head_dims(small(attention=[True, False, False], heads=[4, 4, 6])) == [4, 8]
+def test_attention_shapes_are_those_that_the_unet_computes(monkeypatch):
+    seen = set()
+
+    def spy(q, k, v):
+        seen.add(AttentionShape._make((*q.shape[:2], k.shape[1], *q.shape[2:])))
+        return q
+
+    monkeypatch.setattr("models.blocks.attention", spy)
+    for options in ({}, {"context_dim": 0}, {"add_context": True, "context_dim": 64}):
+        seen.clear()
+        config = small(attention=[True, False, False], heads=[4, 4, 6], **options)
+        context = torch.randn(2, 1, config.context_dim) if config.context_dim else None
+        UNet2DCondition(config)(torch.randn(2, 4, 8, 8), TIMESTEPS, context)
+        assert attention_shapes(config, 2, 8, 1) == sorted(seen)
 
 
 def test_an_untrained_unet_predicts_zero():
@@ -247,6 +275,12 @@ def test_bf16_does_not_blur_the_timesteps():
         ({}, (6, 8), torch.zeros(2, 5, 24), "multiple of 4"),
         ({}, (8, 8), None, "unet.context_dim = 24, but the conditioner gives no context"),
         ({"context_dim": 0}, (8, 8), torch.zeros(2, 5, 24), "unet.context_dim = 0"),
+        (
+            {"context_dim": 64, "add_context": True},
+            (8, 8),
+            torch.zeros(2, 5, 64),
+            "unet.add_context adds one token to the time embedding, but the conditioner gives 5",
+        ),
     ],
 )
 def test_wrong_inputs_are_named(options, shape, context, message):
@@ -262,6 +296,7 @@ def test_wrong_inputs_are_named(options, shape, context, message):
         ({"attention": [True]}, "unet.attention has 1 entries"),
         ({"norm_groups": 5}, "unet.norm_groups = 5 does not divide the 16"),
         ({"heads": [2, 5, 6]}, r"unet.heads\[1\] = 5 does not divide the 32"),
+        ({"add_context": True}, "set unet.context_dim = conditioner.width = 64, not 24"),
     ],
 )
 def test_wrong_options_are_named(options, message):
