@@ -11,7 +11,8 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models.config import BetaSchedule, ConditionerKind, PredictionType
+from models.checks import diffusion_problems, sampler_problems
+from models.config import ConditionerKind
 from trainer.config import Config, Features, Precision, Task
 
 
@@ -88,16 +89,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"deepspeed.stage={config.deepspeed.stage}: ZeRO has stages 0, 1, 2 and 3"
     if config.deepspeed.stage == 0 and config.train.precision is Precision.bf16:
         yield "deepspeed.stage=0 with train.precision=bf16 trains wrongly; use stage 1"
+    if config.autoencoder.codebook_decay and config.train.precision is Precision.bf16:
+        yield "autoencoder.codebook_decay: bf16 loses its small steps; use train.precision=fp32"
     side, factor = config.data.image_size, config.autoencoder.downsample_factor
     if side % factor:
         yield f"data.image_size={side} is no multiple of the autoencoder's factor {factor}"
-    if not 0 <= config.data.source.val_share < 1:
-        yield f"data.source.val_share={config.data.source.val_share} must lie in [0, 1)"
-    if not 0 <= config.precompute.task < config.precompute.num_tasks:
-        yield (
-            f"precompute.task={config.precompute.task} must lie in "
-            f"[0, precompute.num_tasks={config.precompute.num_tasks})"
-        )
+    yield from _data(config)
     if Features.efficientnet_lite0 in config.eval.features and config.eval.num_samples < 2:
         yield f"eval.num_samples={config.eval.num_samples}: a covariance needs 2 samples or more"
     if config.task is Task.diffusion:
@@ -117,6 +114,35 @@ def _batch_arithmetic(config: Config) -> Iterator[str]:
         )
     if total % lanes:
         yield f"data.lanes={lanes} does not divide train.global_batch_size={total}"
+
+
+def _data(config: Config) -> Iterator[str]:
+    source, job = config.data.source, config.precompute
+    if not 0 <= source.val_share < 1:
+        yield f"data.source.val_share={source.val_share} must lie in [0, 1)"
+    least = {
+        "data.source.workers": (source.workers, 1),
+        "data.source.shard_samples": (source.shard_samples, 1),
+        "data.shuffle_block": (config.data.shuffle_block, 1),
+        "data.workers": (config.data.workers, 0),
+        "data.prefetch": (config.data.prefetch, 1),
+        "precompute.batch_size": (job.batch_size, 1),
+        "precompute.workers": (job.workers, 0),
+    }
+    for path, (value, lowest) in least.items():
+        if value < lowest:
+            yield f"{path}={value} must be at least {lowest}"
+    for number, rule in enumerate(config.data.filters):
+        ranged = rule.min is not None or rule.max is not None
+        path = f"data.filters[{number}] ({rule.name})"
+        if ranged == bool(rule.allowed):
+            yield f"{path} needs either min, max or both, or allowed"
+        elif rule.min is not None and rule.max is not None and rule.min > rule.max:
+            yield f"{path}: min={rule.min} is over max={rule.max}"
+    if not 0 <= job.task < job.num_tasks:
+        yield f"precompute.task={job.task} must lie in [0, precompute.num_tasks={job.num_tasks})"
+    if config.task is Task.autoencoder and config.data.mixture:
+        yield "data.mixture is of latents, but task=autoencoder trains on the images of data.train"
 
 
 def _diffusion(config: Config) -> Iterator[str]:
@@ -147,13 +173,9 @@ def _diffusion(config: Config) -> Iterator[str]:
         yield "eval.clip_score needs conditioner.kind=text"
     if kind is not ConditionerKind.text and config.data.store_text:
         yield "data.store_text needs conditioner.kind=text"
-    diffusion = config.diffusion
-    if diffusion.zero_terminal_snr and diffusion.prediction_type is PredictionType.epsilon:
-        yield (
-            "diffusion.zero_terminal_snr: the last timestep is pure noise, from which "
-            "diffusion.prediction_type=epsilon learns nothing; use v_prediction"
-        )
-    if diffusion.schedule is not BetaSchedule.cosine and not (
-        0 < diffusion.beta_start <= diffusion.beta_end < 1
-    ):
-        yield "diffusion needs 0 < beta_start <= beta_end < 1"
+    yield from diffusion_problems(config.diffusion)
+    yield from sampler_problems(config.sampler, config.diffusion)
+    if not 0 < config.sample.strength <= 1:
+        yield f"sample.strength={config.sample.strength} must lie in (0, 1]"
+    if config.sample.negative_prompt and config.sampler.guidance_scale == 1:
+        yield "sample.negative_prompt does nothing at sampler.guidance_scale=1: raise that"

@@ -40,8 +40,18 @@ def test_experiments_compose_and_are_named_after_their_file(experiment: str):
         ("unet.in_channels=3", "unet.in_channels=3 but autoencoder.latent_channels=4"),
         ("unet.context_dim=64", "unet.context_dim=64"),
         ("diffusion.prediction_type=epsilon", "diffusion.zero_terminal_snr"),
+        ("diffusion.schedule=flow", "diffusion.zero_terminal_snr rescales betas"),
+        ("diffusion.beta_end=2", "diffusion needs 0 < beta_start <= beta_end < 1"),
+        ("sampler.steps=0", "sampler.steps=0"),
+        ("sampler.eta=0.5", "sampler.eta=0.5 needs sampler.name=ddim"),
+        ("sampler.guidance_interval=[0.8,0.2]", "sampler.guidance_interval=[0.8, 0.2]"),
+        ("sample.strength=0", "sample.strength=0"),
         ("precompute.task=1", "precompute.task=1"),
         ("data.source.val_share=1.5", "data.source.val_share=1.5"),
+        ("precompute.batch_size=0", "precompute.batch_size=0 must be at least 1"),
+        ("data.workers=-1", "data.workers=-1 must be at least 0"),
+        ("data.filters=[{name:width}]", "data.filters[0] (width) needs either min, max or both"),
+        ("data.filters=[{name:width,min:3,max:2}]", "data.filters[0] (width): min=3.0 is over"),
         ("unet=nothing", "unet/nothing"),
         ("conditioner.kind=smell", "conditioner.kind"),
     ],
@@ -57,6 +67,19 @@ def test_mistakes_are_named(override: str, words: str):
 def test_all_contradictions_are_listed_at_once():
     with pytest.raises(ValueError, match=r"data\.lanes=5.*unet\.heads"):
         load_config(["+experiment=emoji", "data.lanes=5", "unet.heads=[1]"])
+
+
+def test_a_negative_prompt_needs_guidance():
+    options = ["+experiment=emoji", "sample.negative_prompt=a face", "sampler.guidance_scale=1"]
+    with pytest.raises(ValueError, match=r"sample\.negative_prompt .* sampler\.guidance_scale=1"):
+        load_config(options)
+
+
+def test_a_mixture_is_of_latents():
+    mixture = "data.mixture=[{latents: somewhere, weight: 1}]"
+    load_config(["+experiment=emoji", mixture])
+    with pytest.raises(ValueError, match=r"data\.mixture is of latents, but task=autoencoder"):
+        load_config(["+experiment=emoji_autoencoder", mixture])
 
 
 def test_bf16_without_zero_is_refused():
