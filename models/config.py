@@ -8,6 +8,7 @@ class AutoencoderKind(StrEnum):
     """Which first stage compresses images to latents."""
 
     kl = "kl"
+    vq = "vq"
 
 
 class ConditionerKind(StrEnum):
@@ -18,12 +19,23 @@ class ConditionerKind(StrEnum):
     class_label = "class_label"
 
 
-class BetaSchedule(StrEnum):
-    """How the noise level grows with the timestep."""
+class NoiseSchedule(StrEnum):
+    """How the noise level grows with the timestep; edm and flow are continuous."""
 
     scaled_linear = "scaled_linear"
     linear = "linear"
     cosine = "cosine"
+    edm = "edm"
+    flow = "flow"
+
+
+class AttentionBackend(StrEnum):
+    """What computes attention; auto is xformers where it can train, else torch's own."""
+
+    auto = "auto"
+    xformers = "xformers"
+    sdpa = "sdpa"
+    reference = "reference"
 
 
 class PredictionType(StrEnum):
@@ -32,6 +44,7 @@ class PredictionType(StrEnum):
     epsilon = "epsilon"
     v_prediction = "v_prediction"
     sample = "sample"
+    flow = "flow"
 
 
 class LossWeight(StrEnum):
@@ -39,13 +52,19 @@ class LossWeight(StrEnum):
 
     uniform = "uniform"
     min_snr = "min_snr"
+    edm = "edm"
 
 
 class SamplerName(StrEnum):
     """Which solver turns noise into latents."""
 
     ddim = "ddim"
+    plms = "plms"
+    euler = "euler"
+    euler_ancestral = "euler_ancestral"
+    heun = "heun"
     dpmpp_2m = "dpmpp_2m"
+    unipc = "unipc"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,10 +91,16 @@ class AutoencoderConfig:
     layers_per_block: int = 2
     """ResBlocks a level in the encoder; the decoder has one more."""
     norm_groups: int = 32
+    attention_levels: list[int] = field(default_factory=list)
+    """Levels, 0 the highest resolution, whose every ResBlock is followed by self-attention."""
     mid_attention: bool = True
     """One self-attention at the lowest resolution, between two ResBlocks."""
+    num_embeddings: int = 8192
+    """vq: codes in the codebook."""
+    codebook_decay: float = 0.0
+    """vq: above 0, codes are moving averages of their latents; else they learn by gradient."""
     weights: str = ""
-    """A safetensors file with the trained weights; empty trains from scratch."""
+    """A file of trained weights: ours, diffusers' or CompVis'; empty trains from scratch."""
     loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)
 
     @property
@@ -108,6 +133,7 @@ class UNetConfig:
     """The denoiser; a level is one resolution, highest first."""
 
     in_channels: int = 4
+    """Latent channels, and those of a spatial condition, which is concatenated to the latents."""
     out_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     """Channels of each level."""
@@ -120,28 +146,50 @@ class UNetConfig:
     transformer_depth: int = 1
     """Transformer blocks in each attention."""
     context_dim: int = 1024
-    """Width of the tokens of the cross-attention; 0: plain self-attention blocks, no context."""
+    """Width of the conditioner's tokens; 0: no conditioner, and plain self-attention blocks."""
+    add_context: bool = False
+    """Add the one token, as of a class, to the time embedding and do not attend to it."""
     linear_projection: bool = False
     """Project in and out of transformers by linear layers (SD 2), not 1x1 convolutions (SD 1)."""
+    scale_shift_norm: bool = False
+    """Tell ResBlocks the time by scaling and shifting a normalised layer, not by adding to it."""
+    resblock_updown: bool = False
+    """Change the resolution in ResBlocks, not by convolutions."""
     norm_groups: int = 32
+    attention_backend: AttentionBackend = AttentionBackend.auto
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    weights: str = ""
+    """A file to start training from: ours, diffusers' or CompVis'; empty trains from scratch."""
 
 
 @dataclass(slots=True, kw_only=True)
 class DiffusionConfig:
     """The forward process and the training target."""
 
-    schedule: BetaSchedule = BetaSchedule.scaled_linear
+    schedule: NoiseSchedule = NoiseSchedule.scaled_linear
     num_timesteps: int = 1000
+    """Levels of a discrete schedule; flow tells the U-Net its time in [0, 1] times this."""
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_terminal_snr: bool = False
-    """Rescale the schedule to end in pure noise (Lin et al. 2024, algorithm 1)."""
+    """Rescale betas to end in pure noise (Lin et al. 2024, algorithm 1)."""
+    log_sigma_mean: float = 0.0
+    """edm and flow: mean of log(noise / signal) in training (the papers' P_mean and m)."""
+    log_sigma_std: float = 1.0
+    """edm and flow: standard deviation of log(noise / signal) in training (P_std and s)."""
+    sigma_min: float = 0.004
+    """edm: the last noise / signal in sampling, in standard deviations of the latents."""
+    sigma_max: float = 160.0
+    """edm: the first noise / signal in sampling, in standard deviations of the latents."""
+    flow_shift: float = 1.0
+    """flow: above 1 moves times towards noise, for many latents (Esser et al. 2024, eq. 23)."""
     prediction_type: PredictionType = PredictionType.v_prediction
     loss_weight: LossWeight = LossWeight.uniform
     min_snr_gamma: float = 5.0
     """Cap of the signal-to-noise ratio in the min_snr weight (Hang et al. 2023, equation 6)."""
+    offset_noise: float = 0.0
+    """Deviation of noise added to whole channels, for very dark and bright images; 0 is none."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -150,7 +198,12 @@ class SamplerConfig:
 
     name: SamplerName = SamplerName.ddim
     steps: int = 50
+    """Steps from noise to latents; each asks the U-Net once, or twice with heun."""
     guidance_scale: float = 7.5
     """1 is no guidance; w > 1 extrapolates from the null condition (Ho and Salimans 2022)."""
+    guidance_rescale: float = 0.0
+    """Share of the contrast added by guidance to take back (Lin et al. 2024, equation 16)."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """Guide where the noise, from 0 to 1, is within (Kynkäänniemi et al. 2024); faster, too."""
     eta: float = 0.0
     """DDIM's share of fresh noise: 0 deterministic, 1 as DDPM (Song et al. 2021, equation 16)."""

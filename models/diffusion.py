@@ -1,127 +1,98 @@
-"""The forward process, what the denoiser learns from it, and how its output is read.
+"""What the denoiser learns from a noise schedule, and how its output is read.
 
-Notation: x₀ latents, ε noise, x_t = α_t x₀ + σ_t ε with α_t² + σ_t² = 1 (Ho et al. 2020,
-equation 4); ᾱ_t = α_t² is `alphas_cumprod`; the signal-to-noise ratio is α_t² / σ_t².
+Notation as in `models.schedules`. Every prediction type is a mixture a ε + b x₀ of noise and
+latents, so with x_t = α x₀ + σ ε the output determines both:
+
+    x₀ = (a x_t − σ · output) / (a α − b σ)      ε = (α · output − b x_t) / (a α − b σ)
 """
 
-import math
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from models.config import BetaSchedule, DiffusionConfig, LossWeight, PredictionType
+from models.checks import diffusion_problems
+from models.config import DiffusionConfig, LossWeight, PredictionType
+from models.schedules import Level, build_schedule
 
-COSINE_OFFSET = 0.008
-MAX_BETA = 0.999
+Scale = TypeVar("Scale", float, Tensor)
 
 
 class Diffusion:
-    """A noise schedule with its prediction type; tables of one value a timestep, in fp32.
+    """A noise schedule with what is predicted and how errors are weighted.
 
-    Raises ValueError when the schedule ends in pure noise and the prediction is the noise itself:
-    it would say nothing about the latents there.
+    Raises ValueError, naming the options, where they contradict each other.
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
-        if config.zero_terminal_snr and config.prediction_type is PredictionType.epsilon:
-            raise ValueError(
-                "diffusion.zero_terminal_snr does not work with diffusion.prediction_type=epsilon: "
-                "use v_prediction or sample"
-            )
+        for problem in diffusion_problems(config):
+            raise ValueError(problem)
         self.config = config
-        self.num_timesteps = config.num_timesteps
-        alphas_cumprod = (1.0 - _betas(config)).cumprod(dim=0)
-        if config.zero_terminal_snr:
-            alphas_cumprod = _with_zero_terminal_snr(alphas_cumprod)
-        self.alphas_cumprod = alphas_cumprod.float()
-        self.signal = alphas_cumprod.sqrt().float()
-        self.noise = (1.0 - alphas_cumprod).sqrt().float()
+        self.schedule = build_schedule(config)
 
-    def to(self, device: torch.device | str) -> "Diffusion":
-        """Move the tables to where the timesteps will be; returns itself."""
-        self.alphas_cumprod = self.alphas_cumprod.to(device)
-        self.signal = self.signal.to(device)
-        self.noise = self.noise.to(device)
+    def to(self, device: torch.device | str) -> Self:
+        """Move the schedule's tables to where the timesteps will be; returns itself."""
+        self.schedule.to(device)
         return self
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t (Ho et al. 2020, equation 4). latents, noise: [B, ...]; timesteps: [B] int64."""
+        """x_t (Ho et al. 2020, equation 4). latents, noise: [B, ...]; timesteps: [B]."""
         signal, sigma = self._levels(timesteps, latents)
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should return; v = α_t ε − σ_t x₀ (Salimans and Ho 2022, section 4).
+        """What the denoiser should return.
 
-        latents, noise: [B, ...]; timesteps: [B] int64 → [B, ...].
+        latents, noise: [B, ...]; timesteps: [B] → [B, ...].
         """
-        match self.config.prediction_type:
-            case PredictionType.epsilon:
-                return noise
-            case PredictionType.sample:
-                return latents
-            case PredictionType.v_prediction:
-                signal, sigma = self._levels(timesteps, latents)
-                return signal * noise - sigma * latents
+        of_noise, of_latents = self._mixture(*self._levels(timesteps, latents))
+        return of_noise * noise + of_latents * latents
 
     def to_denoised_and_noise(
-        self, model_output: Tensor, noisy: Tensor, timesteps: Tensor
+        self, model_output: Tensor, noisy: Tensor, level: Level
     ) -> tuple[Tensor, Tensor]:
-        """The x₀ and the ε that the output stands for (Salimans and Ho 2022, section 4).
+        """The x₀ and the ε that the output stands for at one level; see the module.
 
-        model_output, noisy: [B, ...]; timesteps: [B] int64 → two of [B, ...].
+        model_output, noisy: [B, ...] → two of [B, ...].
         """
-        signal, sigma = self._levels(timesteps, noisy)
-        match self.config.prediction_type:
-            case PredictionType.epsilon:
-                return (noisy - sigma * model_output) / signal, model_output
-            case PredictionType.sample:
-                return model_output, (noisy - signal * model_output) / sigma
-            case PredictionType.v_prediction:
-                denoised = signal * noisy - sigma * model_output
-                return denoised, sigma * noisy + signal * model_output
+        of_noise, of_latents = self._mixture(level.signal, level.noise)
+        scale = of_noise * level.signal - of_latents * level.noise
+        denoised = (of_noise * noisy - level.noise * model_output) / scale
+        epsilon = (level.signal * model_output - of_latents * noisy) / scale
+        return denoised, epsilon
 
     def loss_weight(self, timesteps: Tensor) -> Tensor:
-        """Weight of the squared error of `target` at each timestep: [B] int64 → [B].
+        """Weight of the squared error of `target` at each timestep: [B] → [B] float32.
 
-        min_snr caps the weight that the error of x₀ gets at γ (Hang et al. 2023, equation 6), and
-        converts it to the prediction type's error (section 3.4): the error of ε is SNR times that
-        of x₀, the error of v is SNR + 1 times. With zero_terminal_snr the last timestep weighs 0.
+        min_snr weighs the squared error of x₀ by min(SNR, γ) (Hang et al. 2023, equation 6), edm
+        by 1 + SNR (Karras et al. 2022, table 1, for σ_data = 1), where SNR = α² / σ². Both are
+        converted to the error of the output, which is (a α − b σ) / σ times that of x₀.
         """
         if self.config.loss_weight is LossWeight.uniform:
             return torch.ones_like(timesteps, dtype=torch.float32)
-        snr = (self.signal[timesteps] / self.noise[timesteps]).square()
-        capped = snr.clamp(max=self.config.min_snr_gamma)
+        signal, sigma = self.schedule.levels(timesteps)
+        snr = (signal / sigma).square()
+        if self.config.loss_weight is LossWeight.min_snr:
+            weight = snr.clamp(max=self.config.min_snr_gamma)
+        else:
+            weight = 1.0 + snr
+        of_noise, of_latents = self._mixture(signal, sigma)
+        gain = sigma / (of_noise * signal - of_latents * sigma)
+        return (weight * gain.square()).float()
+
+    def _mixture(self, signal: Scale, sigma: Scale) -> tuple[Scale | float, Scale | float]:
+        """The a and b of the prediction type: its output is a ε + b x₀."""
         match self.config.prediction_type:
             case PredictionType.epsilon:
-                return capped / snr
+                return 1.0, 0.0
             case PredictionType.sample:
-                return capped
-            case PredictionType.v_prediction:
-                return capped / (snr + 1.0)
+                return 0.0, 1.0
+            case PredictionType.v_prediction:  # Salimans and Ho 2022, section 4
+                return signal, -sigma
+            case PredictionType.flow:  # Liu et al. 2022, equation 1, with time reversed
+                return 1.0, -1.0
 
     def _levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (like.ndim - 1))
-        return self.signal[timesteps].view(shape), self.noise[timesteps].view(shape)
-
-
-def _betas(config: DiffusionConfig) -> Tensor:
-    start, end, steps = config.beta_start, config.beta_end, config.num_timesteps
-    match config.schedule:
-        case BetaSchedule.linear:
-            return torch.linspace(start, end, steps, dtype=torch.float64)
-        case BetaSchedule.scaled_linear:
-            roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
-            return roots.square()
-        case BetaSchedule.cosine:
-            # Nichol and Dhariwal 2021, equation 17.
-            times = torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)
-            angles = (times + COSINE_OFFSET) / (1.0 + COSINE_OFFSET) * (math.pi / 2.0)
-            alphas_cumprod = angles.cos().square()
-            return (1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=MAX_BETA)
-
-
-def _with_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Shift √ᾱ to end at 0, scale it to start as before (Lin et al. 2024, algorithm 1)."""
-    roots = alphas_cumprod.sqrt()
-    first, last = roots[0], roots[-1]
-    return ((roots - last) * first / (first - last)).square()
+        signal, sigma = self.schedule.levels(timesteps)
+        return signal.to(like.dtype).view(shape), sigma.to(like.dtype).view(shape)

@@ -175,8 +175,21 @@ class SampleConfig:
     """What `trainer.sample` draws."""
 
     prompts: list[str] = field(default_factory=list)
+    negative_prompt: str = ""
+    """What guidance leads away from; empty is the null condition."""
+    init_image: str = ""
+    """A picture to start from, instead of pure noise."""
+    strength: float = 0.6
+    """How far init_image is noised: the share of the sampler's steps that are taken, in (0, 1]."""
     seed: int = 0
     out: str = "${run.dir}/samples"
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportConfig:
+    """Where `trainer.export` writes."""
+
+    out: str = "${run.dir}/export"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -208,3 +221,4 @@ class Config:
     """trainer.pack: show what the data sets hold, in numbers and a contact sheet."""
     precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.autoencoder import AutoencoderKL, load_autoencoder
+from models.autoencoder import Autoencoder, load_autoencoder
 from models.conditioners import Captions, Conditioner, build_conditioner
 from models.diffusion import Diffusion
-from models.samplers import guided, sample
+from models.guidance import guided
+from models.samplers import sample
 from models.unet import UNet2DCondition
 from trainer import rng
 from trainer.checkpoint import Checkpoint
@@ -50,8 +51,8 @@ class LatentDiffusion(nn.Module):
     ) -> Tensor:
         """Predict with the U-Net in its own precision.
 
-        latents: [B, C, h, w] noisy, normalised; timesteps: [B] int64; condition: the context
-        [B, T, D], or the captions that the trained conditioner embeds.
+        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: the context [B, T, D],
+        or the captions that the trained conditioner embeds.
         Returns [B, C, h, w] in the latents' dtype.
         """
         if self.conditioner is not None and not isinstance(condition, Tensor):
@@ -62,6 +63,26 @@ class LatentDiffusion(nn.Module):
         return self.unet(latents.to(dtype), timesteps, context).to(latents.dtype)
 
 
+def load_trained(
+    config: Config, checkpoint: Checkpoint, conditioner: Conditioner
+) -> tuple[LatentDiffusion, LatentScale]:
+    """The averaged weights of a checkpoint, and the scale of the latents that it was trained on.
+
+    Raises: ValueError if the checkpoint is of another task or network than the config's.
+    """
+    if "latent_scale" not in checkpoint.state["task"]:
+        raise ValueError(f"checkpoint.load: {checkpoint.path} is not of task=diffusion")
+    trained = conditioner if conditioner.trainable else None
+    module = LatentDiffusion(UNet2DCondition(config.unet), trained)
+    try:
+        module.load_state_dict(checkpoint.tensors("ema")["ema"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint.load: {checkpoint.path} holds another network than unet.* describes"
+        ) from error
+    return module, LatentScale(**checkpoint.state["task"]["latent_scale"])
+
+
 class Pipeline:
     """Draws images; sample i's noise is a function of (seed, i), whatever the batches and ranks."""
 
@@ -70,7 +91,7 @@ class Pipeline:
         config: Config,
         module: LatentDiffusion,
         conditioner: Conditioner,
-        autoencoder: AutoencoderKL,
+        autoencoder: Autoencoder,
         scale: LatentScale,
         device: torch.device,
     ) -> None:
@@ -78,28 +99,18 @@ class Pipeline:
         self._module = module.to(device).eval()
         self._conditioner = conditioner.to(device).eval()
         self._autoencoder = autoencoder.to(device).eval()
-        self._diffusion = Diffusion(config.diffusion).to(device)
+        self._diffusion = Diffusion(config.diffusion)
         self._scale = scale
         self._device = device
 
     @classmethod
     def load(cls, config: Config, checkpoint: Checkpoint, device: torch.device) -> Self:
-        """The averaged weights of a checkpoint.
+        """Of a checkpoint's averaged weights.
 
         Raises: ValueError if the checkpoint is of another task or network than the config's.
         """
-        if "latent_scale" not in checkpoint.state["task"]:
-            raise ValueError(f"checkpoint.load: {checkpoint.path} is not of task=diffusion")
         conditioner = build_conditioner(config.conditioner)
-        trained = conditioner if conditioner.trainable else None
-        module = LatentDiffusion(UNet2DCondition(config.unet), trained)
-        try:
-            module.load_state_dict(checkpoint.tensors("ema")["ema"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"checkpoint.load: {checkpoint.path} holds another network than unet.* describes"
-            ) from error
-        scale = LatentScale(**checkpoint.state["task"]["latent_scale"])
+        module, scale = load_trained(config, checkpoint, conditioner)
         return cls(config, module, conditioner, load_autoencoder(config.autoencoder), scale, device)
 
     @torch.inference_mode()
@@ -109,8 +120,16 @@ class Pipeline:
         samples: Sequence[int],
         seed: int,
         on_step: Callable[[int, Tensor], None] | None = None,
+        *,
+        negative_prompt: str | None = None,
+        init_image: Tensor | None = None,
+        strength: float = 1.0,
     ) -> Tensor:
-        """Images [B, 3, H, W] uint8 on the CPU of B prompts, from the noise of `samples`."""
+        """Images [B, 3, H, W] uint8 on the CPU of B prompts, from the noise of `samples`.
+
+        init_image: [3, H, W] in [-1, 1], which all of them start from with this strength; see
+        `models.samplers.sample`.
+        """
         config = self._config
         side = config.data.image_size // config.autoencoder.downsample_factor
         shape = (config.unet.in_channels, side, side)
@@ -123,18 +142,26 @@ class Pipeline:
         predict = guided(
             self._module,
             self._conditioner(list(prompts)),
-            self._conditioner([None] * len(ids)),
-            config.sampler.guidance_scale,
+            self._conditioner([negative_prompt] * len(ids)),
+            config.sampler,
         )
+        start = None if init_image is None else self._encode(init_image)
         latents = sample(
             predict,
             self._diffusion,
             config.sampler,
             noise(Purpose.sampling, 0),
+            start=start,
+            strength=strength,
             step_noise=lambda step: noise(Purpose.sampler_step, step),
             on_step=on_step,
         )
         return to_uint8(self._autoencoder.decode(self._scale.denormalise(latents)))
+
+    def _encode(self, image: Tensor) -> Tensor:
+        """[3, H, W] → the mean of its posterior, normalised: [1, C, h, w]."""
+        mean = self._autoencoder.encode(image[None].to(self._device))[:, 0]
+        return self._scale.normalise(mean)
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     sampling = 5
     sampler_step = 6
     choice = 7
+    offset_noise = 8
 
 
 def generator(seed: int, purpose: Purpose, epoch: int, sample: int) -> np.random.Generator:

@@ -5,16 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from data.stream import Batch
-from models.attention import probe_attention
-from models.autoencoder import fingerprint, load_autoencoder, sample_posterior
-from models.conditioners import build_conditioner
+from models import autoencoder, conditioners
+from models.attention import choose_attention
+from models.autoencoder import load_autoencoder, sample_posterior
+from models.conditioners import Text, build_conditioner
+from models.convert import load_unet
 from models.diffusion import Diffusion
-from models.unet import UNet2DCondition, attention_head_dims
+from models.unet import UNet2DCondition, attention_shapes
 from trainer import rng
 from trainer.config import Config, Precision
 from trainer.distributed import Ranks
@@ -38,28 +39,47 @@ class DiffusionTask:
         self._ranks = ranks
         self.stream = open_latents(config, ranks)
         self._autoencoder = load_autoencoder(config.autoencoder)
-        self._scale = self._check_latents()
         torch.manual_seed(config.run.seed)
         self._conditioner = build_conditioner(config.conditioner).to(ranks.device)
+        self._scale = self._check_latents()
         trained = self._conditioner if self._conditioner.trainable else None
-        self.module = LatentDiffusion(UNet2DCondition(config.unet), trained)
-        self.module.to(ranks.device)
+        unet = UNet2DCondition(config.unet)
+        if config.unet.weights:
+            load_unet(unet, config.unet, Path(config.unet.weights))
+        self.module = LatentDiffusion(unet, trained).to(ranks.device)
         if config.train.compile:
             self.module.compile()
-        dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
-        chosen = probe_attention(ranks.device, dtype, attention_head_dims(config.unet))
+        chosen = self._choose_attention()
         if ranks.is_main:
             print(chosen, flush=True)
         self._diffusion = Diffusion(config.diffusion).to(ranks.device)
         self._evaluator = Evaluator(config, ranks)
 
+    def _choose_attention(self) -> str:
+        """See models.attention.choose_attention."""
+        unet, train = self._config.unet, self._config.train
+        dtype = torch.bfloat16 if train.precision is Precision.bf16 else torch.float32
+        side = self._config.data.image_size // self._config.autoencoder.downsample_factor
+        context = self._conditioner([None])
+        shapes = attention_shapes(
+            unet, train.micro_batch_size, side, 0 if context is None else context.shape[1]
+        )
+        return choose_attention(unet.attention_backend, self._ranks.device, dtype, shapes)
+
     def _check_latents(self) -> LatentScale:
         info = self.stream.manifest.latents
         assert info is not None
-        if info.encoder != fingerprint(self._autoencoder):
+        text = self._conditioner if self._config.data.store_text else None
+        if info.encoder != autoencoder.fingerprint(self._autoencoder):
+            other = "autoencoder than autoencoder.weights"
+        elif isinstance(text, Text) and info.text_encoder != conditioners.fingerprint(text):
+            other = "text encoder than conditioner.pretrained"
+        else:
+            other = ""
+        if other:
             raise ValueError(
-                f"data.latents: {self._config.data.latents} was made by another autoencoder than "
-                "autoencoder.weights; choose that one, or another data.latents and run "
+                f"data.latents: {self._config.data.latents} was made by another {other}; "
+                "choose that one, or another data.latents and run "
                 f"python -m trainer.precompute +experiment={self._config.run.experiment}"
             )
         return LatentScale(info.mean, info.std)
@@ -71,15 +91,18 @@ class DiffusionTask:
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """Weighted squared error of the prediction, averaged over the micro batch."""
         latents = self._scale.normalise(self._latents(batch))
-        noise = self._normal(Purpose.noise, batch, latents.shape[1:])
-        timesteps = self._timesteps(batch)
+        noise = self._noise(batch, latents.shape[1:])
+        uniform = torch.from_numpy(
+            rng.uniform(self._config.run.seed, Purpose.timestep, batch.epoch, batch.index)
+        )
+        timesteps = self._diffusion.schedule.draw(uniform).to(self._ranks.device)
         noisy = self._diffusion.add_noise(latents, noise, timesteps)
         prediction = module(noisy, timesteps, self._condition(batch))
         target = self._diffusion.target(latents, noise, timesteps)
         errors = (prediction.float() - target).square().flatten(1).mean(1)
         mean = (self._diffusion.loss_weight(timesteps) * errors).mean()
         sums = {"train/loss": (mean.detach(), torch.ones_like(mean))}
-        bins = timesteps * TIMESTEP_BINS // self._config.diffusion.num_timesteps
+        bins = (uniform * TIMESTEP_BINS).long().to(self._ranks.device)
         for number in range(TIMESTEP_BINS):
             inside = (bins == number).float()
             sums[f"train/loss_by_timestep/{number}"] = (
@@ -112,13 +135,16 @@ class DiffusionTask:
 
     def _latents(self, batch: Batch) -> Tensor:
         """A fresh draw from the stored posterior at every visit: [b, C, h, w]."""
-        moments = batch.arrays["moments"].to(self._ranks.device, non_blocking=True)
+        moments = batch.arrays["moments"].to(self._ranks.device, non_blocking=True).float()
         return sample_posterior(moments, self._normal(Purpose.posterior, batch, moments.shape[2:]))
 
-    def _timesteps(self, batch: Batch) -> Tensor:
-        draws = rng.uniform(self._config.run.seed, Purpose.timestep, batch.epoch, batch.index)
-        timesteps = (draws * self._config.diffusion.num_timesteps).astype(np.int64)
-        return torch.from_numpy(timesteps).to(self._ranks.device)
+    def _noise(self, batch: Batch, shape: torch.Size) -> Tensor:
+        """Standard normal; offset noise (Guttenberg 2023) then moves whole channels."""
+        noise = self._normal(Purpose.noise, batch, shape)
+        if self._config.diffusion.offset_noise > 0:
+            offsets = self._normal(Purpose.offset_noise, batch, shape[:1])
+            noise = noise + self._config.diffusion.offset_noise * offsets[:, :, None, None]
+        return noise
 
     def _condition(self, batch: Batch) -> Tensor | list[str | None] | None:
         """Context [b, T, D] of the captions, or of nothing where the condition is dropped."""
@@ -133,7 +159,7 @@ class DiffusionTask:
             return captions
         if "text" not in batch.arrays:
             return self._conditioner(captions)
-        context = batch.arrays["text"].to(self._ranks.device, non_blocking=True)
+        context = batch.arrays["text"].to(self._ranks.device, non_blocking=True).float()
         gone = torch.from_numpy(dropped).to(self._ranks.device)[:, None, None]
         return torch.where(gone, self._conditioner([None]), context)
 

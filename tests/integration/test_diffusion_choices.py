@@ -1,0 +1,76 @@
+"""Training on real latents with every kind of schedule, from noise to the last checkpoint."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.diffusion import Diffusion
+from tests.conftest import Workshop, losses
+from trainer.distributed import Ranks
+from trainer.loop import fit
+from trainer.tasks.diffusion import DiffusionTask
+
+SCHEDULES = {
+    "stable_diffusion": [],
+    "edm": ["diffusion.loss_weight=edm"],
+    "flow": ["diffusion.prediction_type=flow", "sampler=unipc"],
+}
+
+
+def options_of(schedule: str) -> list[str]:
+    return [f"diffusion={schedule}", "diffusion.zero_terminal_snr=false", *SCHEDULES[schedule]]
+
+
+class Listener(nn.Module):
+    """Stands in for the network: keeps what it is asked, answers zero."""
+
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: object) -> Tensor:
+        self.latents, self.timesteps = latents, timesteps
+        return torch.zeros_like(latents)
+
+
+def first_batch(workshop: Workshop, *options: str) -> tuple[Listener, Diffusion, float]:
+    """What the network is asked for the first batch, with the schedule and the loss."""
+    config = workshop.config("emoji", *options)
+    task, listener = DiffusionTask(config, Ranks(0, 1, torch.device("cpu"))), Listener()
+    with closing(task.stream.steps(0)) as batches:
+        loss = task.loss(listener, next(batches)[0])
+    assert all(f"train/loss_by_timestep/{quarter}" in loss.sums for quarter in range(4))
+    return listener, Diffusion(config.diffusion), loss.mean.item()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_offset_noise_moves_whole_channels(schedule: str, workshop: Workshop):
+    plain, diffusion, _ = first_batch(workshop, *options_of(schedule))
+    offset, _, _ = first_batch(workshop, *options_of(schedule), "diffusion.offset_noise=0.5")
+    assert torch.equal(plain.timesteps, offset.timesteps)
+    _, noise = diffusion.schedule.levels(plain.timesteps)
+    moved = (offset.latents - plain.latents) / (0.5 * noise.float()[:, None, None, None])
+    draws = moved.mean(dim=(2, 3))
+    torch.testing.assert_close(
+        moved, draws[:, :, None, None].expand_as(moved), rtol=1e-3, atol=1e-3
+    )
+    assert 0.3 < draws.std() < 3.0
+    assert len(set(draws.flatten().tolist())) == draws.numel()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_an_untrained_network_loses_the_variance_of_its_target(schedule: str, workshop: Workshop):
+    """Latents and noise have variance 1, so the target's is known for an answer of zero."""
+    expected = {"stable_diffusion": 1.0, "edm": 1.0, "flow": 2.0}[schedule]
+    _, _, loss = first_batch(
+        workshop, *options_of(schedule), "train.global_batch_size=32", "train.micro_batch_size=32"
+    )
+    assert loss == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("schedule", ["edm", "flow"])
+def test_a_run_trains_and_draws(schedule: str, workshop: Workshop, tmp_path: Path):
+    options = [*options_of(schedule), "diffusion.offset_noise=0.1", "train.max_steps=3"]
+    assert fit(workshop.config("emoji", *options, run=tmp_path)) == 0
+    assert sorted(losses(tmp_path)) == [1, 2, 3]
+    assert all(0.0 < loss < 10.0 for loss in losses(tmp_path).values())
+    assert list((tmp_path / "samples").glob("*.png"))

@@ -1,0 +1,112 @@
+"""Drawing with small random networks: what an image depends on, and what it does not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.autoencoder import AutoencoderKL
+from models.conditioners import build_conditioner
+from models.unet import UNet2DCondition
+from tests.conftest import NETWORKS
+from trainer.cli import load_config
+from trainer.config import Config
+from trainer.images import to_uint8
+from trainer.pipeline import LatentDiffusion, LatentScale, Pipeline
+from trainer.sampling import draw, read_image
+
+CLASSES = [
+    "conditioner.kind=class_label",
+    "conditioner.num_classes=4",
+    "eval.clip_score=false",
+    "sampler.steps=4",
+]
+PICTURE = torch.linspace(-0.9, 0.9, 3 * 32 * 32).reshape(3, 32, 32).sin()
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config(["+experiment=emoji", *NETWORKS, *CLASSES, *overrides])
+
+
+def pipeline_of(*overrides: str) -> tuple[Pipeline, AutoencoderKL]:
+    config = config_of(*overrides)
+    torch.manual_seed(0)
+    module = LatentDiffusion(UNet2DCondition(config.unet), None)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    autoencoder = AutoencoderKL(config.autoencoder)
+    scale = LatentScale(mean=[0.1, -0.2, 0.0, 0.3], std=[0.5, 0.4, 0.6, 0.5])
+    conditioner = build_conditioner(config.conditioner)
+    device = torch.device("cpu")
+    return Pipeline(config, module, conditioner, autoencoder, scale, device), autoencoder
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return (one.float() - other.float()).abs().mean().item()
+
+
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
+)
+@pytest.mark.parametrize("diffusion", ["stable_diffusion", "edm", "flow"])
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler, diffusion):
+    pipeline, _ = pipeline_of(
+        f"sampler={sampler}", f"diffusion={diffusion}", "diffusion.zero_terminal_snr=false"
+    )
+    images = pipeline.draw(["0", "1", "2"], [4, 5, 6], seed=1)
+    assert images.shape == (3, 3, 32, 32)
+    alone = pipeline.draw(["1"], [5], seed=1)
+    assert distance(images[1:2], alone) < 0.1
+    assert distance(images[1:2], pipeline.draw(["1"], [6], seed=1)) > 1.0
+    assert distance(images[1:2], pipeline.draw(["1"], [5], seed=2)) > 1.0
+
+
+def test_little_strength_keeps_the_picture():
+    pipeline, autoencoder = pipeline_of(
+        "sampler.steps=100", "diffusion=flow", "diffusion.zero_terminal_snr=false"
+    )
+    with torch.inference_mode():
+        kept = to_uint8(autoencoder.decode(autoencoder.encode(PICTURE[None])[:, 0]))
+    distances = [
+        distance(pipeline.draw(["0"], [0], 0, init_image=PICTURE, strength=strength), kept)
+        for strength in (0.01, 0.1, 0.3)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.2 * distances[2]
+
+
+def test_a_negative_prompt_takes_the_place_of_no_condition():
+    pipeline, _ = pipeline_of()
+    with torch.no_grad():
+        embedding = pipeline._conditioner.get_parameter("embedding.weight")
+        embedding[3] = embedding[4]  # class 3 is now what no condition is
+    plain = pipeline.draw(["1"], [0], 0)
+    assert torch.equal(plain, pipeline.draw(["1"], [0], 0, negative_prompt="3"))
+    assert not torch.equal(plain, pipeline.draw(["1"], [0], 0, negative_prompt="2"))
+
+
+def test_a_picture_is_read_as_training_reads_it(tmp_path: Path):
+    path = tmp_path / "tall.png"
+    Image.new("RGB", (32, 48), (255, 0, 51)).save(path)
+    picture = read_image(str(path), 32)
+    assert picture.shape == (3, 32, 32)
+    expected = torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand(3, 32, 32)
+    torch.testing.assert_close(picture, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"sample\.init_image.*No such file.*none\.png"),
+        (b"GIF89a", r"sample\.init_image: .*none\.png: image cannot be decoded"),
+    ],
+)
+def test_what_is_no_picture_is_named(content: bytes | None, message: str, tmp_path: Path):
+    path = tmp_path / "none.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        draw(config_of("sample.prompts=['1']", f"sample.init_image={path}"))
