@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.config import AutoencoderConfig, AutoencoderKind
+
 # Any: its lazy exports and its annotations mislead a type checker.
 diffusers: Any = importlib.import_module("diffusers")
 
@@ -52,3 +54,26 @@ def assert_same_outputs_and_gradients(
 def _assert_close(name: str, ours: Tensor, expected: Tensor, scale: Tensor) -> None:
     error = ((ours - expected).abs().max() / scale).item()
     assert error < 1e-5, f"{name} differs by {error:.1e}"
+
+
+def diffusers_autoencoder(config: AutoencoderConfig) -> Any:
+    """The network of diffusers that the options describe."""
+    levels = range(len(config.block_out_channels))
+    attends = ["Attn" if level in config.attention_levels else "" for level in levels]
+    options = {
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": config.block_out_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_groups,
+        "down_block_types": [f"{attend}DownEncoderBlock2D" for attend in attends],
+        "up_block_types": [f"{attend}UpDecoderBlock2D" for attend in reversed(attends)],
+        "mid_block_add_attention": config.mid_attention,
+    }
+    if config.kind is AutoencoderKind.kl:
+        return diffusers.AutoencoderKL(**options)
+    network = diffusers.VQModel(**options, num_vq_embeddings=config.num_embeddings)
+    # Its default keeps an old mistake: the commitment weight on the codebook's term.
+    network.quantize.legacy = False
+    return network

@@ -1,27 +1,35 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.distributions import kl_divergence as torch_kl_divergence
 
 from models.autoencoder import (
     AutoencoderKL,
+    AutoencoderVQ,
+    build_autoencoder,
     fingerprint,
     kl_divergence,
     load_autoencoder,
     sample_posterior,
 )
-from models.config import AutoencoderConfig
+from models.config import AutoencoderConfig, AutoencoderKind
 from tests.unit.models.hostile import write_bomb
 from tests.unit.models.oracles import (
     assert_same_outputs_and_gradients,
-    diffusers,
+    diffusers_autoencoder,
     load_both_ways,
 )
+
+Run = Callable[[Tensor], Tensor]
+SHIPPED = Path(__file__).parents[3] / "conf" / "autoencoder"
 
 
 def small(**options) -> AutoencoderConfig:
@@ -29,18 +37,15 @@ def small(**options) -> AutoencoderConfig:
     return AutoencoderConfig(**(defaults | options))
 
 
-def diffusers_autoencoder(config: AutoencoderConfig) -> Any:
-    levels = len(config.block_out_channels)
-    return diffusers.AutoencoderKL(
-        in_channels=config.in_channels,
-        out_channels=config.in_channels,
-        latent_channels=config.latent_channels,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        norm_num_groups=config.norm_groups,
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        mid_block_add_attention=config.mid_attention,
+def assert_same(
+    ours: nn.Module, theirs: Any, run_ours: Run, run_theirs: Run, images: Tensor
+) -> None:
+    """Outputs in fp32 to 1e-5; gradients in fp64, for in fp32 either's rounding is as large."""
+    with torch.no_grad():
+        output, expected = run_ours(images), run_theirs(images)
+    assert (output - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_same_outputs_and_gradients(
+        ours.double(), theirs.double(), run_ours, run_theirs, images.double()
     )
 
 
@@ -49,14 +54,14 @@ def diffusers_autoencoder(config: AutoencoderConfig) -> Any:
     [
         {},
         {"mid_attention": False, "latent_channels": 3},
-        {"block_out_channels": [8, 16, 16], "layers_per_block": 2},
+        {"block_out_channels": [8, 16, 16], "layers_per_block": 2, "attention_levels": [1, 2]},
     ],
 )
 def test_autoencoder_is_diffusers(options):
+    torch.manual_seed(0)
     config = small(**options)
     ours, theirs = AutoencoderKL(config), diffusers_autoencoder(config)
     load_both_ways(ours, theirs)
-    torch.manual_seed(0)
     images = torch.rand(2, 3, 16, 24) * 2 - 1
 
     def reconstruct_theirs(images):
@@ -68,22 +73,87 @@ def test_autoencoder_is_diffusers(options):
         moments = ours.encode(images)
         return torch.cat([moments.flatten(), ours.decode(moments[:, 0]).flatten()])
 
-    assert_same_outputs_and_gradients(ours, theirs, reconstruct_ours, reconstruct_theirs, images)
+    assert_same(ours, theirs, reconstruct_ours, reconstruct_theirs, images)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_levels": [1]}])
+def test_vq_is_diffusers(options):
+    torch.manual_seed(0)
+    config = small(kind=AutoencoderKind.vq, latent_channels=3, num_embeddings=32, **options)
+    ours, theirs = AutoencoderVQ(config), diffusers_autoencoder(config)
+    load_both_ways(ours, theirs)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+
+    def reconstruct_theirs(images):
+        latents = theirs.encode(images).latents
+        decoded = theirs.decode(latents)
+        return torch.cat([x.flatten() for x in (latents, decoded.sample, decoded.commit_loss)])
+
+    def reconstruct_ours(images):
+        latents = ours.encode(images)[:, 0]
+        found = ours(images, None)
+        return torch.cat([x.flatten() for x in (latents, found.images, found.penalty)])
+
+    assert_same(ours, theirs, reconstruct_ours, reconstruct_theirs, images)
+
+
+def test_vq_latents_are_sampled_as_they_are_and_quantised_by_the_decoder():
+    autoencoder = AutoencoderVQ(small(kind=AutoencoderKind.vq, num_embeddings=16))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    moments = autoencoder.encode(images)
+    latents = sample_posterior(moments, torch.randn_like(moments[:, 0]))
+    torch.testing.assert_close(latents, moments[:, 0], rtol=0, atol=2e-6)
+    found = autoencoder(images, None)
+    torch.testing.assert_close(autoencoder.decode(moments[:, 0]), found.images)
+    codes = autoencoder.quantize.embedding.weight[found.codes].movedim(-1, 1)
+    assert (codes - moments[:, 0]).abs().max() > 1e-3
+    torch.testing.assert_close(autoencoder.decode(codes), found.images, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_reconstructs_from_the_posterior():
+    autoencoder = AutoencoderKL(small())
+    images, noise = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randn(3, 4, 8, 8)
+    moments = autoencoder.encode(images)
+    found = autoencoder(images, noise)
+    torch.testing.assert_close(
+        found.images, autoencoder.decode(sample_posterior(moments, noise)), rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(found.penalty, kl_divergence(moments).mean())
+    assert found.codes is None
+    torch.testing.assert_close(
+        autoencoder(images, None).images, autoencoder.decode(moments[:, 0]), rtol=1e-4, atol=1e-6
+    )
+
+
+def shipped(name: str) -> AutoencoderConfig:
+    options = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
+    kind = AutoencoderKind(options.pop("kind", "kl"))
+    return AutoencoderConfig(kind=kind, **options)
 
 
 @pytest.mark.parametrize(
-    ("options", "parameters"),
+    ("name", "parameters", "tensors"),
     [
-        pytest.param({}, 83_653_863, id="KL-f8"),
-        pytest.param(
-            {"block_out_channels": [128, 256, 512], "latent_channels": 3}, 55_312_063, id="KL-f4"
-        ),
+        ("kl_f4", 55_312_063, 204),
+        ("kl_f8", 83_653_863, 248),
+        ("kl_f16", 69_610_963, 342),
+        ("kl_f32", 103_880_131, 436),
+        ("vq_f4", 55_322_782, 205),
+        ("vq_f4_no_attention", 53_219_486, 185),
+        ("vq_f8", 67_717_295, 299),
+        ("vq_f16", 69_593_371, 343),
     ],
 )
-def test_parameter_counts_of_published_models(options, parameters):
+def test_shipped_first_stages_have_the_published_counts(name, parameters, tensors):
     with torch.device("meta"):
-        autoencoder = AutoencoderKL(AutoencoderConfig(**options))
+        autoencoder = build_autoencoder(shipped(name))
     assert sum(parameter.numel() for parameter in autoencoder.parameters()) == parameters
+    assert len(autoencoder.state_dict()) == tensors
+
+
+def test_attention_at_a_level_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"^autoencoder.attention_levels has 2, .* levels 0 to 1"):
+        AutoencoderKL(small(attention_levels=[1, 2]))
 
 
 def test_shapes_and_downsampling():

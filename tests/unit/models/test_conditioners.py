@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.clip import load_clip
-from models.conditioners import build_conditioner
+from models.conditioners import Text, build_conditioner, fingerprint
 from models.config import ConditionerConfig, ConditionerKind
 from tests.unit.models.hostile import write_bomb
 
@@ -52,6 +53,12 @@ def tiny(tmp_path_factory) -> tuple[ConditionerConfig, open_clip.CLIP]:
 def other(config: ConditionerConfig, **options) -> ConditionerConfig:
     fields = ("kind", "model", "pretrained", "penultimate", "num_classes", "width")
     return ConditionerConfig(**({name: getattr(config, name) for name in fields} | options))
+
+
+def named(config: ConditionerConfig) -> str:
+    text = build_conditioner(config)
+    assert isinstance(text, Text)
+    return fingerprint(text)
 
 
 def pooled(tokens: torch.Tensor, ids: torch.Tensor, clip: open_clip.CLIP) -> torch.Tensor:
@@ -101,6 +108,27 @@ def test_half_precision_weights_load_as_fp32(tiny):
     assert halved.dtype == torch.float32
     assert not torch.equal(halved, exact)
     torch.testing.assert_close(halved, exact, rtol=0.05, atol=0.05)
+
+
+def test_the_fingerprint_names_the_text_tower_and_not_its_file(tiny, tmp_path):
+    config, clip = tiny
+    original = named(config)
+    shutil.copy(config.pretrained, tmp_path / "moved.safetensors")
+    weights = clip.state_dict()
+    visual = {name: value + name.startswith("visual.") for name, value in weights.items()}
+    save_file(visual, tmp_path / "visual.safetensors")
+    nudged = weights | {"ln_final.bias": weights["ln_final.bias"] + 1e-6}
+    save_file(nudged, tmp_path / "nudged.safetensors")
+    fewer_heads = {**ARCHITECTURE, "text_cfg": {**ARCHITECTURE["text_cfg"], "heads": 1}}
+    (tmp_path / "heads.json").write_text(json.dumps(fewer_heads))
+    for name in ("moved", "visual"):
+        assert named(other(config, pretrained=str(tmp_path / f"{name}.safetensors"))) == original
+    others = [
+        other(config, pretrained=str(tmp_path / "nudged.safetensors")),
+        other(config, model=str(tmp_path / "heads.json")),
+        other(config, penultimate=True),
+    ]
+    assert len({original, *map(named, others)}) == 4
 
 
 def test_load_clip_embeds_images_and_texts_as_open_clip(tiny):

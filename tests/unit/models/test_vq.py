@@ -1,0 +1,86 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import vq
+from models.vq import VectorQuantizer, code_counts, codebook_use, nearest_codes
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 8), st.integers(0, 1000))
+def test_nearest_codes_are_those_of_the_distances(pixels, codes, width, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(pixels, width, generator=generator)
+    codebook = torch.randn(codes, width, generator=generator)
+    distances = torch.cdist(z.double(), codebook.double())
+    found = distances.gather(1, nearest_codes(z, codebook)[:, None])[:, 0]
+    torch.testing.assert_close(found, distances.amin(dim=1), rtol=1e-5, atol=1e-5)
+
+
+def test_pixels_are_compared_in_chunks(monkeypatch):
+    z, codebook = torch.randn(50, 3), torch.randn(20, 3)
+    whole = nearest_codes(z, codebook)
+    monkeypatch.setattr(vq, "CHUNK", 7)
+    assert torch.equal(nearest_codes(z, codebook), whole)
+
+
+def test_gradients_pass_straight_through_and_the_loss_pulls_both_ways():
+    torch.manual_seed(0)
+    quantize = VectorQuantizer(8, 3)
+    latents = torch.randn(2, 3, 4, 5, requires_grad=True)
+    found = quantize(latents)
+    weight = quantize.embedding.weight
+    nearest = weight[found.codes].movedim(-1, 1)
+    torch.testing.assert_close(found.latents, nearest)
+    probe = torch.randn_like(latents)
+    (straight,) = torch.autograd.grad((found.latents * probe).sum(), latents, retain_graph=True)
+    assert torch.equal(straight, probe)
+    to_latents, to_codes = torch.autograd.grad(found.loss, (latents, weight))
+    error = (latents - nearest).detach()
+    torch.testing.assert_close(to_latents, 0.25 * 2 * error / error.numel())
+    expected = torch.zeros_like(weight).index_add(
+        0, found.codes.flatten(), -2 * error.movedim(1, -1).flatten(0, 2) / error.numel()
+    )
+    torch.testing.assert_close(to_codes, expected)
+
+
+def test_a_moving_codebook_follows_the_sums_and_counts_of_the_paper():
+    torch.manual_seed(0)
+    decay, codes, width = 0.9, 6, 3
+    quantize = VectorQuantizer(codes, width, decay=decay).train()
+    assert not list(quantize.parameters())
+    counts = torch.zeros(codes, dtype=torch.float64)
+    expected = quantize.embedding.weight.double()
+    sums = torch.zeros_like(expected)
+    for _ in range(5):
+        latents = torch.randn(2, width, 3, 3)
+        chosen = quantize(latents).codes.flatten()
+        pixels = latents.movedim(1, -1).reshape(-1, width).double()
+        counts = decay * counts + (1 - decay) * code_counts(chosen, codes)
+        sums = decay * sums + (1 - decay) * torch.zeros_like(sums).index_add(0, chosen, pixels)
+        used = counts > 0
+        expected[used] = sums[used] / counts[used, None]
+        torch.testing.assert_close(quantize.embedding.weight.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("still", ["evaluation", "no gradients"])
+def test_a_moving_codebook_moves_in_training_alone(still):
+    quantize = VectorQuantizer(6, 3, decay=0.9).train(still != "evaluation")
+    before = quantize.embedding.weight.clone()
+    with torch.set_grad_enabled(still != "no gradients"):
+        quantize(torch.randn(2, 3, 4, 4))
+    assert torch.equal(quantize.embedding.weight, before)
+
+
+def test_use_of_a_codebook():
+    assert codebook_use(code_counts(torch.tensor([[0, 1], [2, 3]]), 8)) == pytest.approx(
+        {"codebook_used_share": 0.5, "codebook_perplexity": 4.0}
+    )
+    uneven = codebook_use(code_counts(torch.tensor([0, 0, 0, 1]), 2))
+    assert uneven["codebook_used_share"] == 1.0
+    assert math.log(uneven["codebook_perplexity"]) == pytest.approx(
+        -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    )
