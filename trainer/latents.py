@@ -120,6 +120,7 @@ def _manifest(
         image_size=config.data.image_size,
         licence=images.licence,
         rejected=dict(Counter(item.reason for item in rejected)),
+        filters=images.filters,
         latents=LatentInfo(
             source_hash=images.hash,
             encoder=folder.identity["encoder"],

@@ -19,6 +19,7 @@ from data.sources import RawSample, hash_share, list_tars_of, open_source
 from data.storage import join, size_bytes
 from data.writer import ShardSetWriter
 from trainer.config import Config
+from trainer.progress import byte_bar
 from trainer.dataset_report import report
 from trainer.verify import verify
 
@@ -193,9 +194,7 @@ def _register_tars(data: DataConfig) -> None:
     splits = {option: _Split() for option in targets}
     with (
         closing(register_tars(tars, data.filters, data.source.workers)) as registered,
-        tqdm(
-            total=sum(sizes.values()), desc="pack", unit="B", unit_scale=True, disable=None
-        ) as bar,
+        byte_bar(sum(sizes.values()), "pack") as bar,
     ):
         for option, made in zip(options, registered, strict=True):
             split = splits[option]

@@ -10,6 +10,19 @@ from tqdm import tqdm
 LINE_EVERY_S = 60.0
 
 
+def byte_bar(total_bytes: int, label: str) -> tqdm:
+    """A bar of bytes on a terminal; anywhere else a line a minute."""
+    every_s = 0.1 if sys.stderr.isatty() else LINE_EVERY_S
+    return tqdm(
+        total=total_bytes,
+        desc=label,
+        unit="B",
+        unit_scale=True,
+        mininterval=every_s,
+        maxinterval=every_s,
+    )
+
+
 class Progress:
     """Images done, their rate, the time left, and the encoder's share of the time that went by.
 

@@ -6,8 +6,6 @@ from contextlib import closing
 from functools import partial
 
 import numpy as np
-from tqdm import tqdm
-
 from data.codecs import BadSampleError
 from data.config import DataConfig
 from data.manifest import Manifest, ManifestError, Shard, data_sets
@@ -47,9 +45,7 @@ def _verify(option: str, folder: str, manifest: Manifest, workers: int) -> int:
     compare = partial(differences_of, folder, manifest)
     with (
         closing(in_processes(compare, manifest.shards, workers)) as results,
-        tqdm(
-            total=manifest.size_bytes, desc=option, unit="B", unit_scale=True, disable=None
-        ) as bar,
+        byte_bar(manifest.size_bytes, option) as bar,
     ):
         for shard, differences in zip(manifest.shards, results, strict=True):
             for difference in differences:

@@ -10,7 +10,7 @@ from tests.conftest import Workshop
 from trainer.cli import load_config
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ["README.md", "conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"]
+DOCUMENTS = ["README.md", "docs/data.md", "conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"]
 OTHERS_RUN_IT = {"make test": "the tests themselves", "git clone": "CI", "cd ": "CI"}
 
 
