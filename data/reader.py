@@ -16,7 +16,7 @@ from data.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_image, decode_t
 from data.config import CacheConfig
 from data.manifest import Manifest, ManifestError, Shard
 from data.storage import join, local_path, map_bytes
-from data.tar import MEMBER_DTYPE, decode_index
+from data.tar import decode_index
 from data.transforms import square
 
 MAX_OPEN_SHARDS = 256
@@ -26,6 +26,9 @@ MAX_MAPPED_BYTES = 2**29
 """A smaller data set stays mapped: to map a page again costs more than to read it."""
 
 Ids = NDArray[np.int64]
+Member = tuple[int, int, int]
+"""Offset, size and CRC-32."""
+NO_MEMBER: Member = (0, 0, 0)
 
 
 class _OpenShard(NamedTuple):
@@ -71,7 +74,7 @@ class StoredSample(NamedTuple):
             BadSampleError: the sample has no such member, or its bytes are not those indexed.
         """
         column = self.shard.members.get(extension)
-        member = (0, 0, 0) if column is None else column[self.row].item()
+        member = NO_MEMBER if column is None else column[self.row].item()
         return self.shard.payload(extension, *member)
 
 
@@ -102,6 +105,7 @@ class StoredBatch:
         for number, shard in shards.items():
             places = np.flatnonzero(numbers == number)
             self._groups.append((shard, places, rows[places]))
+        self._payloads = [shards[number].payloads for number in numbers.tolist()]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -120,22 +124,19 @@ class StoredBatch:
                 keys[place] = key.decode()
         return keys
 
-    def members(self, *extensions: str) -> NDArray:
-        """Return where the first of the members lies that a sample has.
-
-        Returns:
-            [B] of MEMBER_DTYPE; of offset 0 where a sample has none of them.
-        """
-        members = np.zeros(len(self), MEMBER_DTYPE)
+    def members(self, *extensions: str) -> list[Member]:
+        """Return where the first of the members lies that a sample has, for each sample."""
+        members = [NO_MEMBER] * len(self)
         for shard, places, rows in self._groups:
             for extension in reversed(extensions):
                 if extension in shard.members:
-                    column = shard.members[extension][rows]
-                    there = column["offset"] > 0
-                    members[places[there]] = column[there]
+                    found = shard.members[extension][rows].tolist()
+                    for place, member in zip(places.tolist(), found, strict=True):
+                        if member[0]:
+                            members[place] = member
         return members
 
-    def texts(self, members: NDArray) -> tuple[list[str], NDArray[np.bool_]]:
+    def texts(self, members: list[Member]) -> tuple[list[str], NDArray[np.bool_]]:
         """Read text members.
 
         Returns:
@@ -143,19 +144,19 @@ class StoredBatch:
             sound: [B] bool: the member is there, unchanged, and a text.
         """
         texts, sound = [""] * len(self), np.zeros(len(self), bool)
-        for shard, places, _ in self._groups:
-            found = zip(places.tolist(), members[places].tolist(), strict=True)
-            for place, (offset, size, crc) in found:
-                payload = shard.payloads[offset : offset + size]
-                if offset and crc32(payload) == crc:
-                    try:
-                        texts[place] = decode_text(payload)
-                    except BadSampleError:
-                        continue
-                    sound[place] = True
+        for place, (offset, size, crc) in enumerate(members):
+            payload = self._payloads[place][offset : offset + size]
+            if offset and crc32(payload) == crc:
+                try:
+                    texts[place] = decode_text(payload)
+                except BadSampleError:
+                    continue
+                sound[place] = True
         return texts, sound
 
-    def arrays(self, members: NDArray, layout: ArrayLayout) -> tuple[NDArray, NDArray[np.bool_]]:
+    def arrays(
+        self, members: list[Member], layout: ArrayLayout
+    ) -> tuple[NDArray, NDArray[np.bool_]]:
         """Copy array members of one layout out of the shards.
 
         Returns:
@@ -166,18 +167,17 @@ class StoredBatch:
         sound = np.zeros(len(self), bool)
         rows = arrays.reshape(-1).view(np.uint8).data
         row_bytes = len(rows) // max(len(self), 1)
-        for shard, places, _ in self._groups:
-            found = zip(places.tolist(), members[places].tolist(), strict=True)
-            for place, (offset, size, crc) in found:
-                header = shard.payloads[offset : offset + layout.header_bytes]
-                values = shard.payloads[offset + layout.header_bytes : offset + size]
-                if (
-                    len(values) == row_bytes
-                    and crc32(header) == layout.header_crc
-                    and crc32(values, layout.header_crc) == crc
-                ):
-                    rows[place * row_bytes : (place + 1) * row_bytes] = values
-                    sound[place] = True
+        for place, (offset, size, crc) in enumerate(members):
+            start = offset + layout.header_bytes
+            header = self._payloads[place][offset:start]
+            values = self._payloads[place][start : offset + size]
+            if (
+                len(values) == row_bytes
+                and crc32(header) == layout.header_crc
+                and crc32(values, layout.header_crc) == crc
+            ):
+                rows[place * row_bytes : (place + 1) * row_bytes] = values
+                sound[place] = True
         return arrays, sound
 
 

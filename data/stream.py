@@ -376,7 +376,9 @@ class LatentStream(Stream):
         for name, layout in self._layouts.items():
             members = samples.members(f"{name}.npy")
             if name == "moments" and flip.any():
-                members = np.where(flip, samples.members("flip.moments.npy"), members)
+                mirrored = samples.members("flip.moments.npy")
+                pairs = zip(members, mirrored, flip.tolist(), strict=True)
+                members = [other if flipped else plain for plain, other, flipped in pairs]
             rows.arrays[name], alike = samples.arrays(members, layout)
             sound &= alike
         for row in np.flatnonzero(~sound).tolist():

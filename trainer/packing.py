@@ -19,8 +19,8 @@ from data.sources import RawSample, hash_share, list_tars_of, open_source
 from data.storage import join, size_bytes
 from data.writer import ShardSetWriter
 from trainer.config import Config
-from trainer.progress import byte_bar
 from trainer.dataset_report import report
+from trainer.progress import byte_bar
 from trainer.verify import verify
 
 STAT_THREADS = 32

@@ -6,12 +6,14 @@ from contextlib import closing
 from functools import partial
 
 import numpy as np
+
 from data.codecs import BadSampleError
 from data.config import DataConfig
 from data.manifest import Manifest, ManifestError, Shard, data_sets
 from data.register import REQUIRED, in_processes
 from data.storage import join, map_bytes
 from data.tar import decode_index, index_shard
+from trainer.progress import byte_bar
 
 MAX_SAMPLES_NAMED = 5
 """Of one shard: a tar that was replaced would fill the screen."""

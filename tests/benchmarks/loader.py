@@ -2,15 +2,17 @@
 
 20,000 samples of 4×32×32 float16 moments, a caption and JSON, in 20 files of each format, all in
 the page cache. One process without worker processes reads batches of 256, shuffled: a tensor of
-the moments and the captions. Only webdataset parses the JSON. Every reader goes on from where its last turn ended, so that opening files and filling
-buffers is timed for none. Rates are samples a second of processor time, of all threads, so that
-whatever else the machine does weighs less; a ratio is ours ÷ theirs, the median over the rounds.
+the moments and the captions. Only webdataset parses the JSON.
+
+Every reader goes on from where its last turn ended, so that opening files and filling buffers is
+timed for none. Rates are samples a second of processor time, of all threads, so that whatever
+else the machine does weighs less; a ratio is ours ÷ theirs, the median over the rounds.
 
 Ours checks every byte against the manifest; the peers check nothing. The plain read copies the
 shards into one buffer, which is used again and stays in the processor's cache.
 """
 
-import importlib.util
+import importlib
 import json
 import statistics
 import sys
@@ -22,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from torch.utils.data import DataLoader
+from webdataset.compat import WebDataset
 
 from data.codecs import encode_npy
 from data.config import DataConfig
@@ -42,12 +44,10 @@ Batch = tuple[torch.Tensor, list[str]]
 
 def main() -> None:
     """One line a reader, then the JSON."""
-    for module, package in (("streaming", "mosaicml-streaming"), ("litdata", "litdata")):
-        if importlib.util.find_spec(module) is None:
-            sys.exit(f"{package} is not installed: run pip install -e '.[bench]'")
     torch.set_num_threads(1)
+    mds, litdata = _peer("streaming", "mosaicml-streaming"), _peer("litdata", "litdata")
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
-        rates = _race(Path(folder))
+        rates = _race(Path(folder), mds, litdata)
     report: dict[str, float] = {}
     for name, theirs in rates.items():
         if name != "ours":
@@ -75,20 +75,24 @@ def metadata(number: int) -> bytes:
     return json.dumps({"width": 512, "height": 512, "number": number}).encode()
 
 
-def _race(root: Path) -> dict[str, list[float]]:
+def _peer(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{package}: {error}; run pip install -e '.[bench]'")
+
+
+def _race(root: Path, mds: Any, litdata: Any) -> dict[str, list[float]]:
     """Give every reader a turn a round: samples/s of each turn, by reader."""
     shards = root / "ours"
-    readers: dict[str, Callable[[], tuple[int, float]]] = {}
-    for name, write, read in (
-        ("ours", _write_shards, _read_ours),
-        ("webdataset", None, lambda _: _read_webdataset(shards)),
-        ("mds", _write_mds, _read_mds),
-        ("litdata", _write_litdata, _read_litdata),
-    ):
-        if write is not None:
-            write(root / name)
-        readers[name] = _turns(read(root / name))
-    readers["raw"] = lambda: _read_raw(shards)
+    _write_shards(shards)
+    readers = {
+        "ours": _turns(_read_ours(shards)),
+        "webdataset": _turns(_read_webdataset(shards)),
+        "mds": _turns(_read_mds(root / "mds", mds)),
+        "litdata": _turns(_read_litdata(root / "litdata", litdata)),
+        "raw": lambda: _read_raw(shards),
+    }
     rates: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(ROUNDS):
         for name, turn in readers.items():
@@ -162,8 +166,8 @@ def _read_ours(folder: Path) -> Iterator[Batch]:
 
 def _read_webdataset(folder: Path) -> Iterator[Batch]:
     shards = sorted(str(path) for path in folder.glob("*.tar"))
-    dataset = (
-        webdataset.WebDataset(shards, shardshuffle=SHARDS)
+    dataset: Any = (
+        WebDataset(shards, shardshuffle=SHARDS)
         .shuffle(1000)
         .decode()
         .to_tuple("moments.npy", "txt")
@@ -174,22 +178,15 @@ def _read_webdataset(folder: Path) -> Iterator[Batch]:
             yield torch.as_tensor(arrays), captions
 
 
-def _write_mds(folder: Path) -> None:
-    from streaming import MDSWriter
-
+def _read_mds(folder: Path, mds: Any) -> Iterator[Batch]:
     shape = ",".join(map(str, SHAPE))
     columns = {"moments": f"ndarray:float16:{shape}", "caption": "str", "json": "bytes"}
     size_limit = SAMPLES // SHARDS * 17_000
-    with MDSWriter(out=str(folder), columns=columns, size_limit=size_limit) as writer:
+    with mds.MDSWriter(out=str(folder), columns=columns, size_limit=size_limit) as writer:
         for number in range(SAMPLES):
             sample = {"moments": moments(number), "caption": caption(number)}
             writer.write(sample | {"json": metadata(number)})
-
-
-def _read_mds(folder: Path) -> Iterator[Batch]:
-    from streaming import StreamingDataset
-
-    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+    dataset = mds.StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
     loader = DataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
     while True:
         for batch in loader:
@@ -201,23 +198,16 @@ def _litdata_sample(number: int) -> dict[str, Any]:
     return {"moments": tensor, "caption": caption(number), "json": metadata(number).decode()}
 
 
-def _write_litdata(folder: Path) -> None:
-    from litdata import optimize
-
-    optimize(
+def _read_litdata(folder: Path, litdata: Any) -> Iterator[Batch]:
+    litdata.optimize(
         fn=_litdata_sample,
         inputs=list(range(SAMPLES)),
         output_dir=str(folder),
         chunk_size=SAMPLES // SHARDS,
         num_workers=1,
     )
-
-
-def _read_litdata(folder: Path) -> Iterator[Batch]:
-    from litdata import StreamingDataLoader, StreamingDataset
-
-    dataset = StreamingDataset(str(folder), shuffle=True, drop_last=True)
-    loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
+    dataset = litdata.StreamingDataset(str(folder), shuffle=True, drop_last=True)
+    loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
     while True:
         for batch in loader:
             yield batch["moments"], batch["caption"]

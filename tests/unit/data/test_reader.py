@@ -18,7 +18,7 @@ from data.manifest import Kind, LatentInfo, Manifest
 from data.reader import ArrayLayout, ShardReader
 from data.register import register_shard
 from data.stream import Batch, LatentStream
-from data.tar import MEMBER_DTYPE
+from data.writer import ShardWriter
 from tests.unit.data.conftest import data_config
 
 SHAPE = (2, 4, 2, 3)
@@ -47,13 +47,22 @@ def array_file(kind: str, array: np.ndarray) -> bytes:
         "flat": lambda: npy(array.reshape(-1)),
         "column-major": lambda: npy(np.asfortranarray(array)),
         "cut off": lambda: npy(array)[:-1],
+        "too long": lambda: npy(array) + b"\0",
         "pickle": lambda: npy(np.array([Bomb()], object)),
         "no array": lambda: b"moments",
     }[kind]()
 
 
-ODD_KINDS = st.sampled_from(
-    ["version 2", "float32", "part", "flat", "column-major", "cut off", "pickle", "no array"]
+ODD_KINDS = (
+    "version 2",
+    "float32",
+    "part",
+    "flat",
+    "column-major",
+    "cut off",
+    "too long",
+    "pickle",
+    "no array",
 )
 ARRAYS = {"moments.npy": SHAPE, "flip.moments.npy": SHAPE, "text.npy": TEXT_SHAPE}
 CAPTIONS = st.sampled_from([b"a dog", "ein Bär, ".encode() * 9, b" a cat \n", b"", b"\xff"])
@@ -83,7 +92,8 @@ def sources(draw: st.DrawFn) -> Source:
             del members[draw(st.sampled_from(["flip.moments.npy", "text.npy"]))]
         case "odd":
             name = draw(st.sampled_from(sorted(ARRAYS)))
-            members[name] = array_file(draw(ODD_KINDS), arrays[name].astype(np.float16))
+            kind = draw(st.sampled_from(ODD_KINDS))
+            members[name] = array_file(kind, arrays[name].astype(np.float16))
         case "damaged":
             damaged.add(draw(st.sampled_from(sorted(name for name in members if members[name]))))
     members["json"] = b"{}"
@@ -153,13 +163,13 @@ def expected(source: Source, flip: bool) -> tuple[np.ndarray, np.ndarray, str] |
     names = {moments_name, caption_name, "text.npy"}
     if not names <= source.members.keys() or names & source.damaged:
         return None
+    streams = [io.BytesIO(source.members[name]) for name in (moments_name, "text.npy")]
     try:
-        moments, text = (
-            np.load(io.BytesIO(source.members[name]), allow_pickle=False)
-            for name in (moments_name, "text.npy")
-        )
+        moments, text = (np.load(stream, allow_pickle=False) for stream in streams)
         caption = source.members[caption_name].decode().strip()
     except (ValueError, EOFError):
+        return None
+    if any(stream.read() for stream in streams):
         return None
     for array, shape in ((moments, SHAPE), (text, TEXT_SHAPE)):
         if array.dtype != np.float16 or array.shape != shape or not array.flags.c_contiguous:
@@ -180,17 +190,12 @@ def assert_row(batch: Batch, row: int, want: tuple[np.ndarray, np.ndarray, str])
     assert batch.captions[row] == caption
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    shards=st.lists(st.lists(sources(), min_size=1, max_size=6), min_size=1, max_size=3),
-    data=st.data(),
-)
-def test_a_gathered_batch_is_what_reading_one_by_one_gives(shards, data):
-    shards[0].insert(0, sound())
+def assert_gathered(shards: list[list[Source]], seed: int, draw_byte) -> None:
+    """Read all samples by number and two epochs of the plan, and compare with `expected`."""
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "latents"
         folder.mkdir()
-        by_key = write_set(folder, shards, lambda size: data.draw(st.integers(0, size - 1)))
+        by_key = write_set(folder, shards, draw_byte)
         keys = list(by_key)
         config = data_config(
             Path(root), store_text=True, max_rejected_share=1.0, lanes=1, shuffle_block=len(keys)
@@ -198,7 +203,7 @@ def test_a_gathered_batch_is_what_reading_one_by_one_gives(shards, data):
         stream = LatentStream(
             config.latents,
             config,
-            seed=data.draw(st.integers(0, 9)),
+            seed=seed,
             global_batch=4,
             micro_batch=2,
             rank=0,
@@ -225,6 +230,24 @@ def test_a_gathered_batch_is_what_reading_one_by_one_gives(shards, data):
                     assert batch.keys[row] == key
                     assert_row(batch, row, want)
     assert not CANARY.exists()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shards=st.lists(st.lists(sources(), min_size=1, max_size=6), min_size=1, max_size=3),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_a_gathered_batch_is_what_reading_one_by_one_gives(shards, seed, data):
+    shards[0].insert(0, sound())
+    assert_gathered(shards, seed, lambda size: data.draw(st.integers(0, size - 1)))
+
+
+@pytest.mark.parametrize("name", sorted(ARRAYS))
+def test_odd_arrays_are_read_or_rejected_one_by_one(name):
+    array = np.ones(ARRAYS[name], np.float16)
+    odd = [Source(sound().members | {name: array_file(kind, array)}) for kind in ODD_KINDS]
+    assert_gathered([[sound(), *odd]], 0, lambda size: 0)
 
 
 def test_sound_latents_are_not_decoded_one_by_one(latent_set, monkeypatch):
@@ -262,13 +285,24 @@ def test_members_are_those_of_each_sample(latent_set):
     batch = reader_of(latent_set()).find(np.array([13, 2, 13, 7]))
     assert batch.keys() == [sample.key for sample in batch] == [f"{n:09d}" for n in (13, 2, 13, 7)]
     members = batch.members("txt", "cls")
-    assert members.dtype == MEMBER_DTYPE
-    assert members.tolist() == [sample.shard.members["txt"][sample.row].item() for sample in batch]
-    assert not batch.members("cls")["offset"].any()
+    assert members == [sample.shard.members["txt"][sample.row].item() for sample in batch]
+    assert batch.members("cls") == [(0, 0, 0)] * 4
     texts, sound = batch.texts(members)
     assert texts == [f"caption {n}" for n in (13, 2, 13, 7)]
     assert sound.all()
     assert not batch.texts(batch.members("cls"))[1].any()
+
+
+def test_the_first_member_that_a_sample_has_is_taken(tmp_path):
+    with ShardWriter(tmp_path, "0.tar", Kind.latents) as writer:
+        for key, extensions in (("a", ["txt"]), ("b", ["cls"]), ("c", ["cls", "txt"])):
+            captions = {extension: f"{key} {extension}".encode() for extension in extensions}
+            writer.write(key, {"moments.npy": b"", **captions})
+    reader = ShardReader(str(tmp_path), Manifest(kind=Kind.latents, shards=[writer.shard]))
+    batch = reader.find(np.arange(3))
+    texts, sound = batch.texts(batch.members("txt", "cls"))
+    assert texts == ["a txt", "b cls", "c txt"]
+    assert sound.all()
 
 
 def test_a_missing_member_is_named(latent_set):
