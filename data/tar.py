@@ -7,13 +7,13 @@ The index is a structured array, saved beside the shard as `SHARD.index.npy`: a 
 each extension (offset, size, CRC-32 of the payload); offset 0 marks a member the sample lacks.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from data.codecs import EXTENSIONS, BadSampleError, decode_npy
 from data.manifest import Rejected
@@ -240,7 +240,7 @@ def index_shard(
             reasons.setdefault(key, f"two members .{extension}")
         elif extension in EXTENSIONS:
             payload = payloads[member.offset : member.offset + member.size]
-            sample[extension] = (member.offset, member.size, zlib.crc32(payload))
+            sample[extension] = (member.offset, member.size, crc32(payload))
     for key, sample in samples.items():
         for group in required:
             if sample.keys().isdisjoint(group):

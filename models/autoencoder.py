@@ -79,7 +79,7 @@ class AutoencoderKL(Autoencoder):
         """See the base class."""
         moments = self.encode(images)
         latents = moments[:, 0] if noise is None else sample_posterior(moments, noise)
-        return Reconstruction(self.decode(latents), kl_divergence(moments).mean(), None)
+        return Reconstruction(self.decode(latents), kl_divergence(moments.float()).mean(), None)
 
 
 class AutoencoderVQ(Autoencoder):

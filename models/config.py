@@ -76,7 +76,9 @@ class FirstStageLossConfig:
     l2_weight: float = 0.0
     """Mean squared error of the reconstruction; PSNR measures this."""
     kl_weight: float = 1e-6
-    """KL divergence of the posterior from N(0, I), summed over a latent, averaged over images."""
+    """kl: divergence of the posterior from N(0, I), summed over a latent, averaged over images."""
+    codebook_weight: float = 1.0
+    """vq: what pulls codes and latents together, the commitment included."""
 
 
 @dataclass(slots=True, kw_only=True)

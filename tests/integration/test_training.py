@@ -181,6 +181,29 @@ def test_micro_batches_and_bf16_train(workshop: Workshop, tmp_path: Path):
     assert max(abs(one[step] - losses(low)[step]) for step in one) < 0.05
 
 
+def test_a_vector_quantised_first_stage_trains_and_serves_the_diffusion_task(
+    workshop: Workshop, tmp_path: Path
+):
+    kind = ["autoencoder.kind=vq", "autoencoder.num_embeddings=32"]
+    stage = tmp_path / "stage"
+    options = [*kind, "train.max_steps=4", "eval.every=4", "data.flip=false"]
+    assert fit(workshop.config("emoji_autoencoder", *options, run=stage)) == 0
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    evaluated = lines[-1]
+    assert 1 / 32 <= evaluated["eval/codebook_used_share"] <= 1
+    assert 1 <= evaluated["eval/codebook_perplexity"] <= 32 * evaluated["eval/codebook_used_share"]
+    assert all(line["train/codebook"] > 0 for line in lines if "train/loss" in line)
+    own = [
+        *kind,
+        f"autoencoder.weights={stage / 'autoencoder.safetensors'}",
+        f"data.latents={tmp_path / 'latents'}",
+    ]
+    precompute(workshop.config("emoji", *own))
+    run = workshop.config("emoji", *own, "train.max_steps=2", run=tmp_path / "run")
+    assert fit(run) == 0
+    assert sorted(losses(tmp_path / "run")) == [1, 2]
+
+
 def test_latents_of_another_autoencoder_are_refused(workshop: Workshop, tmp_path: Path):
     other = tmp_path / "other"
     run = workshop.config("emoji_autoencoder", "train.max_steps=1", "run.seed=1", run=other)

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.stream import Batch, ImageStream
-from models.autoencoder import AutoencoderKL, kl_divergence, sample_posterior
+from models.autoencoder import Reconstruction, build_autoencoder
+from models.config import AutoencoderKind
+from models.vq import code_counts, codebook_use
 from trainer import rng
 from trainer.config import Config
 from trainer.distributed import Ranks
@@ -24,31 +26,16 @@ from trainer.tasks import Evaluation, Loss
 PICTURES = 8
 
 
-class FirstStage(nn.Module):
-    """An autoencoder whose forward pass is a whole reconstruction."""
-
-    def __init__(self, autoencoder: AutoencoderKL) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """images: [B, 3, H, W] in [-1, 1]; noise: [B, C, h, w], None takes the posterior's mean.
-
-        Returns the reconstruction [B, 3, H, W] and the moments [B, 2, C, h, w].
-        """
-        moments = self.autoencoder.encode(images)
-        latents = moments[:, 0] if noise is None else sample_posterior(moments, noise)
-        return self.autoencoder.decode(latents), moments
-
-
 class AutoencoderTask:
-    """KL first stage (Rombach et al. 2022, section 3.1): L1 and L2 error plus a small KL term."""
+    """A first stage (Rombach et al. 2022, section 3.1): L1 and L2 error, and its kind's penalty."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self._config = config
         self._ranks = ranks
         torch.manual_seed(config.run.seed)
-        self.module = FirstStage(AutoencoderKL(config.autoencoder)).to(ranks.device)
+        self.module = build_autoencoder(config.autoencoder).to(ranks.device)
+        loss, is_kl = config.autoencoder.loss, config.autoencoder.kind is AutoencoderKind.kl
+        self._penalty = ("kl", loss.kl_weight) if is_kl else ("codebook", loss.codebook_weight)
         if config.train.compile:
             self.module.compile()
         self.stream = open_images(config, ranks, "train")
@@ -70,14 +57,15 @@ class AutoencoderTask:
             batch.index,
             (self._config.autoencoder.latent_channels, side, side),
         )
-        reconstruction, moments = module(images, self._on_device(torch.from_numpy(noise)))
-        l1 = F.l1_loss(reconstruction.float(), images.float())
-        l2 = F.mse_loss(reconstruction.float(), images.float())
-        kl = kl_divergence(moments.float()).mean()
-        mean = weights.l1_weight * l1 + weights.l2_weight * l2 + weights.kl_weight * kl
+        reconstruction: Reconstruction = module(images, self._on_device(torch.from_numpy(noise)))
+        l1 = F.l1_loss(reconstruction.images.float(), images.float())
+        l2 = F.mse_loss(reconstruction.images.float(), images.float())
+        name, weight = self._penalty
+        penalty = reconstruction.penalty.float()
+        mean = weights.l1_weight * l1 + weights.l2_weight * l2 + weight * penalty
         one = torch.ones((), device=mean.device)
-        parts = {"train/loss": mean, "train/loss_l1": l1, "train/loss_l2": l2, "train/kl": kl}
-        return Loss(mean, {name: (part.detach(), one) for name, part in parts.items()})
+        parts = {"loss": mean, "loss_l1": l1, "loss_l2": l2, name: penalty}
+        return Loss(mean, {f"train/{key}": (part.detach(), one) for key, part in parts.items()})
 
     def baselines(self) -> dict[str, float]:
         """A reconstruction has none."""
@@ -85,10 +73,14 @@ class AutoencoderTask:
 
     @torch.inference_mode()
     def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
-        """PSNR of the validation images; the first few, above their reconstructions."""
+        """PSNR of the validation images and use of the codebook, if there is one.
+
+        The picture shows the first few images, above their reconstructions.
+        """
         with torch.device("meta"):
-            module = FirstStage(AutoencoderKL(self._config.autoencoder))
+            module = build_autoencoder(self._config.autoencoder)
         module.load_state_dict(weights, assign=True)
+        codes = torch.zeros(self._config.autoencoder.num_embeddings, dtype=torch.float64)
         psnr, count = MeanPsnr(), self._validation.num_samples
         size = self._config.eval.batch_size
         first = min(PICTURES, count)
@@ -96,22 +88,24 @@ class AutoencoderTask:
         for start in range(self._ranks.rank * size, count, self._ranks.world_size * size):
             batch = self._validation.read(np.arange(start, min(start + size, count)))
             images = self._on_device(batch.arrays["images"], torch.float32)
-            reconstruction, _ = module(images, None)
-            psnr.update(images, reconstruction)
+            reconstruction: Reconstruction = module(images, None)
+            psnr.update(images, reconstruction.images)
+            if reconstruction.codes is not None:
+                codes += code_counts(reconstruction.codes, len(codes)).cpu()
             if start == 0:
-                shown = [to_uint8(images[:first]), to_uint8(reconstruction[:first])]
-        self._ranks.sum_(psnr.state())
+                shown = [to_uint8(images[:first]), to_uint8(reconstruction.images[:first])]
+        self._ranks.sum_(psnr.state() | {"codes": codes})
+        metrics = psnr.compute()
+        if self._config.autoencoder.kind is AutoencoderKind.vq:
+            metrics |= codebook_use(codes)
         picture = grid(torch.cat(shown), columns=first) if shown else torch.zeros(3, 1, 1)
-        return Evaluation(psnr.compute(), picture)
+        return Evaluation(metrics, picture)
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> Iterator[str]:
         """Write the averaged weights in half precision, ready for autoencoder.weights."""
         if self._ranks.is_main:
             path = folder / "autoencoder.safetensors"
-            prefix = "autoencoder."
-            save_file(
-                {name.removeprefix(prefix): value.half() for name, value in weights.items()}, path
-            )
+            save_file({name: value.half() for name, value in weights.items()}, path)
             yield f"weights for autoencoder.weights: {path}"
 
     def _on_device(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
