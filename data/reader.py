@@ -317,3 +317,12 @@ def decode_square(sample: StoredSample, size: int) -> NDArray[np.uint8]:
         if sample.has(extension):
             return square(decode_image(sample.payload(extension)), size)
     raise BadSampleError("no image")
+
+
+def decode_caption(sample: StoredSample) -> str:
+    """Read a sample's caption or class.
+
+    Raises:
+        BadSampleError: it has none, or none that can be read.
+    """
+    return decode_text(sample.payload("txt" if sample.has("txt") else "cls"))

@@ -1,28 +1,26 @@
 """The samples of a data set as batches: in the plan's order to train on, or by number."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from data import read_ahead
 from data.cache import Prefetcher
-from data.codecs import BadSampleError, decode_npy, decode_text
+from data.codecs import BadSampleError
 from data.config import DataConfig
 from data.cursor import VERSION, Cursor
 from data.manifest import Kind, Manifest, ManifestError, Rejected
-from data.mixture import MixturePlan, join_latents, share_lanes
+from data.mixture import MixturePlan
 from data.plan import Ids, LanePlan
 from data.quarantine import Quarantine
-from data.reader import ArrayLayout, ShardReader, StoredBatch, StoredSample, decode_square
+from data.reader import ShardReader, StoredBatch, StoredSample, decode_caption
 
 Flips = Callable[[Ids, Ids], np.ndarray]
 """(epoch [B], index [B]) → [B] bool: whether each visit is mirrored."""
@@ -45,7 +43,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
+class Request:
     """A micro batch to read; `place` is that of its first sample in the global batch."""
 
     step: int
@@ -56,7 +54,7 @@ class _Request:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Rows:
+class Rows:
     """Samples side by side; what stands in a bad one's row means nothing."""
 
     keys: list[str]
@@ -67,24 +65,31 @@ class _Rows:
     """By row."""
 
     def reject(self, row: int, stored: StoredSample, error: BadSampleError) -> None:
+        """Say why a row means nothing."""
         self.bad[row] = Rejected(key=stored.key, reason=str(error), shard=stored.shard.name)
 
-    def take(self, rows: list[int]) -> "_Rows":
-        return _Rows(
+    def take(self, rows: list[int]) -> "Rows":
+        """Return some of the rows, all good."""
+        return Rows(
             keys=[self.keys[row] for row in rows],
             captions=[self.captions[row] for row in rows],
             arrays={name: array[rows] for name, array in self.arrays.items()},
             bad={},
         )
 
-    def replace(self, row: int, other: "_Rows") -> None:
+    def replace(self, row: int, other: "Rows") -> None:
         """Put the only sample of `other` into a row."""
         self.keys[row], self.captions[row] = other.keys[0], other.captions[0]
         for name, array in self.arrays.items():
             array[row] = other.arrays[name][0]
 
 
-_Result = tuple[Batch, list[Rejected]]
+Result = tuple[Batch, list[Rejected]]
+
+
+def shard_sizes(manifest: Manifest) -> Ids:
+    """Samples of each shard: [shards] int64."""
+    return np.array([shard.samples for shard in manifest.shards], np.int64)
 
 
 class Stream(ABC):
@@ -141,7 +146,7 @@ class Stream(ABC):
     @cached_property
     def plan(self) -> LanePlan | MixturePlan:
         """The order of samples."""
-        return LanePlan(_sizes(self.manifest), **self._order())
+        return LanePlan(shard_sizes(self.manifest), **self._order())
 
     @property
     def identity(self) -> str:
@@ -194,7 +199,7 @@ class Stream(ABC):
         Raises:
             BadSampleError: a caption cannot be read.
         """
-        return [_caption(stored) for stored in self.reader.find(np.asarray(index, np.int64))]
+        return [decode_caption(stored) for stored in self.reader.find(np.asarray(index, np.int64))]
 
     def _load(self, folder: str) -> tuple[str, Manifest]:
         """Return where the shards are, and their manifest."""
@@ -214,7 +219,7 @@ class Stream(ABC):
             "global_batch": self._global_batch,
         }
 
-    def _requests(self, start_step: int, prefetcher: Prefetcher) -> Iterator[_Request]:
+    def _requests(self, start_step: int, prefetcher: Prefetcher) -> Iterator[Request]:
         share = self._global_batch // self._world
         block_steps = -(-self.config.shuffle_block * self.config.lanes // self._global_batch)
         for step in count(start_step):
@@ -225,7 +230,7 @@ class Stream(ABC):
             flip = np.zeros(share, bool) if self._flips is None else self._flips(epoch, index)
             for start in range(0, share, self._micro_batch):
                 part = slice(start, start + self._micro_batch)
-                yield _Request(
+                yield Request(
                     step=step,
                     place=self._rank * share + start,
                     epoch=epoch[part],
@@ -236,10 +241,10 @@ class Stream(ABC):
     def _shards(self, step: int, *, steps_ahead: int) -> Ids:
         return self.plan.shards(step, self._rank, self._world, steps_ahead=steps_ahead)
 
-    def _read_ahead(self, requests: Iterator[_Request]) -> Generator[_Result, None, None]:
+    def _read_ahead(self, requests: Iterator[Request]) -> Generator[Result, None, None]:
         return read_ahead.with_thread(self._answer, requests, depth=self.config.prefetch)
 
-    def _answer(self, request: _Request) -> _Result:
+    def _answer(self, request: Request) -> Result:
         """Read a micro batch; the next usable sample of its block stands in for a bad one."""
         if self.reader.is_remote:
             self.reader.keep(self._shards(request.step, steps_ahead=0))
@@ -257,7 +262,7 @@ class Stream(ABC):
                 raise ValueError(f"{self.option}: a whole block is bad; last: {rejected[-1]}")
         return self._batch(rows, request.epoch, request.index), rejected
 
-    def _batch(self, rows: _Rows, epoch: Ids, index: Ids) -> Batch:
+    def _batch(self, rows: Rows, epoch: Ids, index: Ids) -> Batch:
         return Batch(
             epoch=epoch,
             index=index,
@@ -269,7 +274,7 @@ class Stream(ABC):
         )
 
     @abstractmethod
-    def _read(self, samples: StoredBatch, flip: np.ndarray) -> _Rows:
+    def _read(self, samples: StoredBatch, flip: np.ndarray) -> Rows:
         """Read samples, mirrored where `flip` says so."""
 
     def _finish(self, stack: torch.Tensor) -> torch.Tensor:
@@ -277,134 +282,7 @@ class Stream(ABC):
         return stack
 
 
-class ImageStream(Stream):
-    """Images, decoded while training: by data.workers processes, each building whole batches."""
-
-    kind = Kind.images
-
-    def _read_ahead(self, requests: Iterator[_Request]) -> Generator[_Result, None, None]:
-        workers = self.config.workers
-        if workers == 0:
-            return super()._read_ahead(requests)
-        depth = self.config.prefetch
-        return read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
-
-    def _read(self, samples: StoredBatch, flip: np.ndarray) -> _Rows:
-        side = self.config.image_size
-        images = np.empty((len(samples), side, side, 3), np.uint8)
-        captions = [""] * len(samples)
-        rows = _Rows(keys=samples.keys(), captions=captions, arrays={"images": images}, bad={})
-        for row, stored in enumerate(samples):
-            try:
-                pixels = decode_square(stored, side)
-                images[row] = pixels[:, ::-1] if flip[row] else pixels
-                captions[row] = _caption(stored)
-            except BadSampleError as error:
-                rows.reject(row, stored, error)
-        return rows
-
-    def _finish(self, stack: torch.Tensor) -> torch.Tensor:
-        return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
-
-
-class LatentStream(Stream):
-    """Latents made by trainer.precompute: a thread that gathers from mapped shards is enough."""
-
-    kind = Kind.latents
-
-    def __init__(self, dataset_dir: str, data_config: DataConfig, **options: Any) -> None:
-        super().__init__(dataset_dir, data_config, **options)
-        if self.manifest.latents is None:
-            raise ManifestError(
-                f"{self.option}: the manifest in {dataset_dir} describes no latents"
-            )
-        self._latents = self.manifest.latents
-        self._layouts = {"moments": ArrayLayout.of(np.float16, (2, *self._latents.shape))}
-        if options.get("flips") is not None and not self._latents.flip:
-            raise ValueError(
-                f"data.flip: {dataset_dir} has no mirrored latents; set data.flip=false, or "
-                f"delete them and run `{self.command}` again"
-            )
-        if data_config.store_text and not self._latents.text:
-            raise ValueError(
-                f"data.store_text: {dataset_dir} has no text embeddings; set data.store_text=false,"
-                f" or delete it and run `{self.command}` again"
-            )
-        if data_config.store_text:
-            self._layouts["text"] = self._text_layout()
-
-    @cached_property
-    def plan(self) -> LanePlan | MixturePlan:
-        """The order of samples; of those of data.mixture, if it names any."""
-        if not self._sets:
-            return LanePlan(_sizes(self.manifest), **self._order())
-        return MixturePlan(list(map(_sizes, self._sets)), self._weights, **self._order())
-
-    @property
-    def identity(self) -> str:
-        """What the samples and their numbers are, as a hash."""
-        lanes = share_lanes(self._weights, self.config.lanes).tolist() if self._sets else []
-        text = json.dumps([self.manifest.hash, lanes])
-        return hashlib.sha256(text.encode()).hexdigest() if lanes else self.manifest.hash
-
-    def _load(self, folder: str) -> tuple[str, Manifest]:
-        folders = [item.latents for item in self.config.mixture]
-        self._weights = [item.weight for item in self.config.mixture]
-        self._sets = [
-            self._load_manifest(folder, f"data.mixture[{number}].latents")
-            for number, folder in enumerate(folders)
-        ]
-        if not self._sets:
-            return super()._load(folder)
-        self.option = "data.mixture"
-        return join_latents(folders, self._sets, self._weights)
-
-    def _text_layout(self) -> ArrayLayout:
-        """Take the shape of the text encoder's output from the first sample that can be read."""
-        for number in range(self.num_samples):
-            (stored,) = self.reader.find(np.array([number]))
-            with suppress(BadSampleError):
-                text = decode_npy(stored.payload("text.npy"))
-                if text.dtype == np.float16 and text.ndim == 2:
-                    return ArrayLayout.of(text.dtype, text.shape)
-        raise ValueError(f"{self.option}: no sample has text embeddings [T, D] of float16")
-
-    def _read(self, samples: StoredBatch, flip: np.ndarray) -> _Rows:
-        """Read all at once, then one by one those that are unlike the others."""
-        captions, sound = samples.texts(samples.members("txt", "cls"))
-        rows = _Rows(keys=samples.keys(), captions=captions, arrays={}, bad={})
-        for name, layout in self._layouts.items():
-            members = samples.members(f"{name}.npy")
-            if name == "moments" and flip.any():
-                mirrored = samples.members("flip.moments.npy")
-                pairs = zip(members, mirrored, flip.tolist(), strict=True)
-                members = [other if flipped else plain for plain, other, flipped in pairs]
-            rows.arrays[name], alike = samples.arrays(members, layout)
-            sound &= alike
-        for row in np.flatnonzero(~sound).tolist():
-            stored = samples[row]
-            try:
-                for name, layout in self._layouts.items():
-                    prefix = "flip." if name == "moments" and flip[row] else ""
-                    array = decode_npy(stored.payload(f"{prefix}{name}.npy"))
-                    if (array.dtype, array.shape) != (layout.dtype, layout.shape):
-                        raise BadSampleError(f"{name} of {array.dtype} {array.shape}")
-                    rows.arrays[name][row] = array
-                captions[row] = _caption(stored)
-            except BadSampleError as error:
-                rows.reject(row, stored, error)
-        return rows
-
-
 def _option_of(dataset_dir: str, config: DataConfig) -> str:
     """Name the option that holds a folder, for errors."""
     options = {"data.train": config.train, "data.val": config.val, "data.latents": config.latents}
     return next((name for name, value in options.items() if value == dataset_dir), "data.dir")
-
-
-def _sizes(manifest: Manifest) -> Ids:
-    return np.array([shard.samples for shard in manifest.shards], np.int64)
-
-
-def _caption(stored: StoredSample) -> str:
-    return decode_text(stored.payload("txt" if stored.has("txt") else "cls"))

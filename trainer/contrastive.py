@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.stream import ImageStream
+from data.image_stream import ImageStream
 from models.clip import load_clip
 from trainer.config import Config
 from trainer.distributed import join

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.image_stream import ImageStream
 from data.manifest import FILE_NAME
 from data.storage import join, size_bytes
-from data.stream import ImageStream
 from models.clip import load_clip
 from trainer import distributed, rng
 from trainer.checkpoint import chosen_checkpoint

@@ -5,7 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.stream import ImageStream, LatentStream
+from data.image_stream import ImageStream
+from data.latent_stream import LatentStream
 from trainer import rng
 from trainer.config import Config
 from trainer.distributed import Ranks

@@ -29,8 +29,8 @@ from webdataset.compat import WebDataset
 
 from data.codecs import encode_npy
 from data.config import DataConfig
+from data.latent_stream import LatentStream
 from data.manifest import Kind, LatentInfo, Manifest
-from data.stream import LatentStream
 from data.writer import ShardSetWriter
 
 SAMPLES, SHARDS, BATCH = 20_000, 20, 256

@@ -11,9 +11,9 @@ import pytest
 
 from data.codecs import encode_npy
 from data.config import DataConfig
+from data.latent_stream import LatentStream
 from data.manifest import Kind, LatentInfo, Manifest, Shard
 from data.storage import map_bytes
-from data.stream import LatentStream
 from data.tar import index_shard
 
 SHAPE = (4, 512, 512)

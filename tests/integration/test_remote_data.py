@@ -23,8 +23,8 @@ from data import remote
 from data.cache import GIB
 from data.codecs import encode_npy
 from data.config import CacheConfig, DataConfig
+from data.latent_stream import LatentStream
 from data.manifest import Kind, LatentInfo, Manifest, ManifestError
-from data.stream import LatentStream
 from data.writer import ShardSetWriter
 from tests.s3_server import KEY, SECRET, Proxy, S3Server
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.stream import Batch, ImageStream
+from data.image_stream import ImageStream
+from data.stream import Batch
 from models.autoencoder import Reconstruction, build_autoencoder
 from models.config import AutoencoderKind
 from models.vq import code_counts, codebook_use

@@ -22,9 +22,10 @@ import pytest
 
 from data.codecs import encode_npy
 from data.config import DataConfig, FilterConfig, Missing, SourceConfig, SourceKind
+from data.image_stream import ImageStream
+from data.latent_stream import LatentStream
 from data.manifest import FILE_NAME, Kind, LatentInfo, Manifest, Rejected
 from data.register import register_shard
-from data.stream import ImageStream, LatentStream
 from tests.unit.data.conftest import data_config, moments, png
 from tests.unit.data.test_tar import claim
 from trainer.cli import load_config

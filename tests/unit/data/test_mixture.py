@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig, MixtureConfig
+from data.latent_stream import LatentStream
 from data.manifest import Kind, LatentInfo, Manifest, ManifestError
 from data.mixture import MixturePlan, join_latents, share_lanes
 from data.plan import LanePlan
-from data.stream import LatentStream
 from data.tar import decode_index
 from tests.unit.data.conftest import data_config, moments
 

@@ -24,9 +24,9 @@ import pytest
 from pyarrow import parquet
 
 from data.config import DataConfig, FilterConfig, SourceConfig, SourceKind
+from data.image_stream import ImageStream
 from data.manifest import FilterCount, Manifest, ManifestError, Rejected
 from data.reader import ShardReader
-from data.stream import ImageStream
 from tests.unit.data.conftest import data_config, png
 from trainer.cli import load_config
 from trainer.packing import pack

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.codecs import BadSampleError, encode_npy
+from data.latent_stream import LatentStream
 from data.manifest import Kind, LatentInfo, Manifest
 from data.reader import ArrayLayout, ShardReader
 from data.register import register_shard
-from data.stream import Batch, LatentStream
+from data.stream import Batch
 from data.writer import ShardWriter
 from tests.unit.data.conftest import data_config
 
@@ -265,7 +266,7 @@ def test_sound_latents_are_not_decoded_one_by_one(latent_set, monkeypatch):
         world=1,
         flips=by_sample,
     )
-    monkeypatch.setattr("data.stream.decode_npy", decode)
+    monkeypatch.setattr("data.latent_stream.decode_npy", decode)
     assert len(next(stream.steps(0))[0].captions) == 4
 
 

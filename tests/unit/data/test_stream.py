@@ -16,9 +16,11 @@ import torch
 from data.codecs import encode_npy
 from data.config import DataConfig
 from data.cursor import Cursor
+from data.image_stream import ImageStream
+from data.latent_stream import LatentStream
 from data.manifest import Kind, Manifest, ManifestError
 from data.reader import ShardReader
-from data.stream import Batch, ImageStream, LatentStream, Stream
+from data.stream import Batch, Stream
 from data.writer import ShardSetWriter
 from tests.unit.data.conftest import moments, pixels_of, png
 
