@@ -170,13 +170,13 @@ def test_the_statistics_are_those_of_the_mixture():
     info = LatentInfo(
         source_hash="s", encoder="e", transform="t", shape=[1, 2, 2], mean=[1.0], std=[2.0]
     )
-    other = replace(info, source_hash="o", mean=[-3.0], std=[1.0])
+    other = replace(info, source_hash="o", mean=[-1.0], std=[1.0])
     sets = [Manifest(kind=Kind.latents, shards=[], latents=item) for item in (info, other)]
     _, joined = join_latents(["one", "two"], sets, [3, 1])
     assert joined.latents is not None
-    # E[x] = 0.75·1 - 0.25·3; E[x²] = 0.75·(4 + 1) + 0.25·(1 + 9)
-    assert joined.latents.mean == [0.0]
-    assert joined.latents.std == pytest.approx([6.25**0.5])
+    # E[x] = 0.75·1 - 0.25·1; E[x²] = 0.75·(4 + 1) + 0.25·(1 + 1)
+    assert joined.latents.mean == [0.5]
+    assert joined.latents.std == pytest.approx([(4.25 - 0.25) ** 0.5])
 
 
 def test_sets_of_different_encoders_are_not_mixed(two_sets: list[str], tmp_path: Path):
