@@ -14,8 +14,8 @@ from tests.integration.test_training import finish, start
 from trainer.checkpoint import latest_checkpoint
 from trainer.loop import fit
 
-DAMAGED = {0: [0, 3, 5], 2: [1, 4, 6]}
-"""Shards, and rows of them: enough for each of two ranks to meet some within an epoch."""
+DAMAGED = {0: [0, 5], 1: [1, 6], 2: [2, 7], 3: [0, 4]}
+"""Rows of every shard, so that each of two ranks meets some within an epoch."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_bad_samples_are_replaced_listed_and_counted_on_any_number_of_ranks(
     workshop: Workshop, damaged: tuple[Path, set[str]], tmp_path: Path
 ):
     latents, keys = damaged
-    options = ["data.flip=false", f"data.latents={latents}", "data.max_rejected_share=0.2"]
+    options = ["data.flip=false", f"data.latents={latents}", "data.max_rejected_share=0.3"]
     one, two = tmp_path / "one", tmp_path / "two"
     for steps in (2, 4):  # the second start goes on from the first one's checkpoint
         more = [*options, f"train.max_steps={steps}"]
