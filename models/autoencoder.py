@@ -3,6 +3,7 @@
 State-dict names are those of diffusers' AutoencoderKL and VQModel.
 """
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import fields, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ class Reconstruction(NamedTuple):
     """[B, h, w] int64 numbers of the codes (vq)."""
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, ABC):
     """Images to the moments of a Gaussian over latents, and latents back to images."""
 
     def __init__(self, config: AutoencoderConfig, *, encoder_channels: int) -> None:
@@ -48,17 +49,17 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(encoder_channels, encoder_channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """images: [B, 3, H, W] in [-1, 1] → moments [B, 2, C, h, w]: mean and log-variance."""
-        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, C, h, w] → images [B, 3, H, W], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(_fast_layout(latents)))
 
+    @abstractmethod
     def forward(self, images: Tensor, noise: Tensor | None) -> Reconstruction:
         """images: [B, 3, H, W] in [-1, 1]; noise: [B, C, h, w], None takes the posterior's mean."""
-        raise NotImplementedError
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(_fast_layout(images)))
