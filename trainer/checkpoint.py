@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.config import Config
+from trainer.averages import average_kind, averages
+from trainer.config import Config, EmaConfig
 from trainer.distributed import Ranks
 
 FORMAT_VERSION = 1
@@ -47,6 +48,27 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps taken."""
         return int(self.state["step"])
+
+    def check_averages(self, config: EmaConfig) -> None:
+        """Raises ValueError naming the averages that a run cannot go on with, as it never began."""
+        wanted = {average.name for average in averages(config)}
+        if missing := wanted - set(self.state["averages"]):
+            raise ValueError(
+                f"ema: {self.path} has no {', '.join(sorted(missing))}: an average starts with its "
+                "run; keep ema.decays and ema.sigma_rels, or choose another run.name"
+            )
+
+    def average(self, name: str) -> tuple[str, dict[str, Tensor]]:
+        """The weights averaged as ema.use says, {parameter: tensor}; empty takes the first average.
+
+        Returns the average's name, too. Raises: ValueError naming ema.use and what there is.
+        """
+        names: list[str] = self.state["averages"]
+        if name and name not in names:
+            raise ValueError(f"ema.use={name}: {self.path} has {', '.join(names)}")
+        chosen = name or names[0]
+        kind = average_kind(chosen)
+        return chosen, self.tensors(kind)[kind]
 
     def tensors(self, *kinds: str) -> dict[str, dict[str, Tensor]]:
         """Read all tensors of these kinds: {kind: {name: tensor on the CPU}}."""

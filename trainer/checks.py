@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from models.checks import diffusion_problems, sampler_problems
 from models.config import ConditionerKind
+from trainer.averages import WIDEST
 from trainer.config import Config, Features, Precision, Task
 
 
@@ -89,6 +90,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"deepspeed.stage={config.deepspeed.stage}: ZeRO has stages 0, 1, 2 and 3"
     if config.deepspeed.stage == 0 and config.train.precision is Precision.bf16:
         yield "deepspeed.stage=0 with train.precision=bf16 trains wrongly; use stage 1"
+    yield from _averages(config)
     if config.autoencoder.codebook_decay and config.train.precision is Precision.bf16:
         yield "autoencoder.codebook_decay: bf16 loses its small steps; use train.precision=fp32"
     side, factor = config.data.image_size, config.autoencoder.downsample_factor
@@ -114,6 +116,19 @@ def _batch_arithmetic(config: Config) -> Iterator[str]:
         )
     if total % lanes:
         yield f"data.lanes={lanes} does not divide train.global_batch_size={total}"
+
+
+def _averages(config: Config) -> Iterator[str]:
+    ema = config.ema
+    if not ema.decays and not ema.sigma_rels:
+        yield "ema.decays and ema.sigma_rels are both empty: samples are drawn from an average"
+    for path, values in (("ema.decays", ema.decays), ("ema.sigma_rels", ema.sigma_rels)):
+        if len(set(values)) < len(values):
+            yield f"{path}={values} names an average twice"
+    if not all(0 <= decay < 1 for decay in ema.decays):
+        yield f"ema.decays={ema.decays} must lie in [0, 1)"
+    if not all(0 < width <= WIDEST for width in ema.sigma_rels):
+        yield f"ema.sigma_rels={ema.sigma_rels} must lie in (0, {WIDEST}]"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -97,10 +97,16 @@ class OptimConfig:
 
 @dataclass(slots=True, kw_only=True)
 class EmaConfig:
-    """Exponential moving average of the weights, kept in fp32 beside the optimizer state."""
+    """Averages of the weights, in fp32 beside the optimizer state: 4 bytes a parameter each."""
 
-    decay: float = 0.9999
-    """Ceiling of the decay; early steps use (1 + step) / (10 + step), if smaller."""
+    decays: list[float] = field(default_factory=lambda: [0.9999])
+    """Exponential moving averages: the ceilings of their decays; update t uses t / (9 + t), if
+    smaller. An average is called decay_0.9999."""
+    sigma_rels: list[float] = field(default_factory=list)
+    """Power-function averages (Karras et al. 2024, section 3): their widths, as shares of the
+    training. An average is called sigma_rel_0.05."""
+    use: str = ""
+    """The average that evaluate, sample and export take; empty takes the first."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.averages import average_kind, averages
 from trainer.checks import grad_accum_steps
 from trainer.config import Config, Precision
 from trainer.distributed import Ranks
@@ -37,8 +38,8 @@ from deepspeed.utils import (
 
 logger.setLevel(logging.ERROR)
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")
-"""What the optimizer state holds for each parameter, beside its fp32 master weight."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam's state holds for each parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class Engine:
         self._config = config
         self._ranks = ranks
         self._stage = config.deepspeed.stage
+        self._averages = averages(config.ema)
+        self._adam_steps = 0
         initialised: tuple[Any, ...] = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(config.optim, module.parameters()),
@@ -95,6 +98,16 @@ class Engine:
         """The trained module, in the precision of the forward pass."""
         return self._engine.module
 
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """Names of the averages of the weights; the first is the one to show."""
+        return tuple(average.name for average in self._averages)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of `tensors`: master weights, Adam's moments and the averages."""
+        return ("weight", *self._state_keys)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro batch's mean loss."""
         self._engine.backward(loss)
@@ -116,36 +129,42 @@ class Engine:
         if norm is None:
             norm = self._engine.get_global_grad_norm()
         if applied:
-            self._update_ema(step)
+            self._adam_steps += 1
+            self._update_averages()
         return StepResult(applied, float(norm if norm is not None else "nan"), lr)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (kind, parameter name, full fp32 tensor); collective, in the same order everywhere.
-
-        Kinds are `weight` and STATE_KEYS.
-        """
+        """Yield (kind, parameter name, full fp32 tensor); collective, in one order everywhere."""
         for name, parameter in self._names.items():
-            yield "weight", name, self._full(parameter, None)
-            for key in STATE_KEYS:
-                yield key, name, self._full(parameter, key)
+            for kind in self.kinds:
+                yield kind, name, self._full(parameter, kind)
 
-    def ema_weights(self) -> dict[str, Tensor]:
-        """The averaged weights with the module's buffers, as a state dict on every rank."""
-        averaged = {name: self._full(p, "ema").clone() for name, p in self._names.items()}
+    def ema_weights(self, average: str) -> dict[str, Tensor]:
+        """The weights averaged as one of `averages`, with the module's buffers, as a state dict.
+
+        Collective; every rank has the whole.
+        """
+        kind = average_kind(average)
+        averaged = {name: self._full(p, kind).clone() for name, p in self._names.items()}
         buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         return averaged | buffers
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]], adam_steps: int) -> None:
         """Put back what `tensors` gave: {kind: {name: full tensor}}."""
         for name, parameter in self._names.items():
-            for kind in ("weight", *STATE_KEYS):
-                self._put(parameter, None if kind == "weight" else kind, tensors[kind][name])
+            for kind in self.kinds:
+                self._put(parameter, kind, tensors[kind][name])
+        self._adam_steps = adam_steps
         for flat in self._flats():
             self._inner.state[flat]["step"].fill_(adam_steps)
 
     def adam_steps(self) -> int:
-        """Updates that Adam's bias correction has counted."""
-        return int(self._inner.state[self._flats()[0]]["step"].item())
+        """Updates that were applied, as Adam's bias correction and the averages count them."""
+        return self._adam_steps
+
+    @property
+    def _state_keys(self) -> tuple[str, ...]:
+        return (*MOMENTS, *(average_kind(name) for name in self.averages))
 
     def _flats(self) -> list[Tensor]:
         """The fp32 tensors that the inner optimizer steps: parameters or partitions of them."""
@@ -158,43 +177,44 @@ class Engine:
         for flat in self._flats():
             self._inner.state[flat] = {
                 "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-                "ema": flat.detach().clone(),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+                **{average_kind(name): flat.detach().clone() for name in self.averages},
             }
         if self._stage in (1, 2):
             # with several parameter groups only the first is linked by DeepSpeed itself
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _update_ema(self, step: int) -> None:
+    def _update_averages(self) -> None:
         """Average this rank's own fp32 partitions: no communication."""
-        decay = min(self._config.ema.decay, (1 + step) / (10 + step))
-        flats = [flat.detach() for flat in self._flats()]
-        averages = [self._inner.state[flat]["ema"] for flat in self._flats()]
-        for average, flat in zip(averages, flats, strict=True):
-            average.lerp_(flat, 1 - decay)
+        flats = self._flats()
+        weights = [flat.detach() for flat in flats]
+        for average in self._averages:
+            key = average_kind(average.name)
+            means = [self._inner.state[flat][key] for flat in flats]
+            torch.ops.aten._foreach_lerp_(means, weights, average.weight(self._adam_steps))
 
     def _plain_grad_norm(self) -> Tensor:
         gradients = [p.grad for p in self._names.values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
-    def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+    def _full(self, parameter: nn.Parameter, kind: str) -> Tensor:
         if self._stage == 0:
-            tensor = parameter.detach() if key is None else self._inner.state[parameter][key]
-            return tensor.float()
+            if kind == "weight":
+                return parameter.detach().float()
+            return self._inner.state[parameter][kind]
         full = (
             safe_get_full_fp32_param(parameter)
-            if key is None
-            else safe_get_full_optimizer_state(parameter, key)
+            if kind == "weight"
+            else safe_get_full_optimizer_state(parameter, kind)
         )
         assert full is not None, "DeepSpeed did not link this parameter to its state"
         return full
 
-    def _put(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+    def _put(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
         value = value.to(self._ranks.device)
         if self._stage == 0:
-            target = parameter.data if key is None else self._inner.state[parameter][key]
+            target = parameter.data if kind == "weight" else self._inner.state[parameter][kind]
             target.copy_(value)
         elif self._stage == 3:
             # the full setters fail where the size does not divide by the world size
@@ -202,14 +222,14 @@ class Engine:
             padded = value.new_zeros(share * self._ranks.world_size)
             padded[: value.numel()] = value.flatten()
             local = padded[self._ranks.rank * share :][:share]
-            if key is None:
+            if kind == "weight":
                 safe_set_local_fp32_param(parameter, local)
             else:
-                safe_set_local_optimizer_state(parameter, local, key)
-        elif key is None:
+                safe_set_local_optimizer_state(parameter, local, kind)
+        elif kind == "weight":
             safe_set_full_fp32_param(parameter, value)
         else:
-            safe_set_full_optimizer_state(parameter, value, key)
+            safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, object]:

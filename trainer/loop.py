@@ -16,7 +16,7 @@ from trainer.callbacks.jsonl import JsonLines
 from trainer.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from trainer.config import Config, Task, WandbMode
 from trainer.distributed import Ranks, join
-from trainer.engine import STATE_KEYS, Engine
+from trainer.engine import Engine
 from trainer.images import save_png
 from trainer.meter import Meter
 from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
@@ -36,6 +36,7 @@ def fit(config: Config) -> int:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     task = _build_task(config, ranks)
     if checkpoint is not None:
+        checkpoint.check_averages(config.ema)
         Cursor.from_json(checkpoint.state["cursor"]).check(task.stream.cursor(0))
     if ranks.is_main:
         open_run(config)
@@ -106,7 +107,7 @@ class Run:
             if stopping:
                 self._say(f"asked to stop: step {step} is saved; the same command goes on")
                 return REQUEUE_EXIT_CODE
-        for line in self.task.finish(self.engine.ema_weights(), self.folder):
+        for line in self.task.finish(self.engine.ema_weights(self.engine.averages[0]), self.folder):
             self._say(line)
         return 0
 
@@ -157,7 +158,7 @@ class Run:
 
     def _evaluate(self, extra: dict[str, float]) -> None:
         start_s, step = time.perf_counter(), self.progress.step
-        evaluation = self.task.evaluate(self.engine.ema_weights())
+        evaluation = self.task.evaluate(self.engine.ema_weights(self.engine.averages[0]))
         if self.ranks.is_main:
             values = evaluation.metrics | extra
             self.callbacks.metrics(step, {f"eval/{name}": value for name, value in values.items()})
@@ -177,6 +178,7 @@ class Run:
             {
                 **asdict(self.progress),
                 "images_seen": step * self.config.train.global_batch_size,
+                "averages": self.engine.averages,
                 "adam_steps": self.engine.adam_steps(),
                 "cursor": self.task.stream.cursor(step).to_json(),
                 "quarantine": [asdict(item) for item in self.task.stream.quarantine.rejected],
@@ -188,11 +190,11 @@ class Run:
         )
 
     def _resume(self, checkpoint: Checkpoint) -> Engine:
-        state, tensors = checkpoint.state, checkpoint.tensors("weight", "buffer", *STATE_KEYS)
+        state, start = checkpoint.state, checkpoint.tensors("weight", "buffer")
         # DeepSpeed derives its low-precision copies from the module as it is at the start
-        self.task.module.load_state_dict(tensors["weight"] | tensors["buffer"])
+        self.task.module.load_state_dict(start["weight"] | start["buffer"])
         engine = Engine(self.task.module, self.config, self.ranks)
-        engine.load(tensors, state["adam_steps"])
+        engine.load(checkpoint.tensors(*engine.kinds), state["adam_steps"])
         self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
         self.meter.load(state["meter"])
         self.task.stream.quarantine.add(Rejected(**item) for item in state["quarantine"])

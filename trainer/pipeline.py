@@ -75,7 +75,7 @@ def load_trained(
     trained = conditioner if conditioner.trainable else None
     module = LatentDiffusion(UNet2DCondition(config.unet), trained)
     try:
-        module.load_state_dict(checkpoint.tensors("ema")["ema"])
+        module.load_state_dict(checkpoint.average(config.ema.use)[1])
     except RuntimeError as error:
         raise ValueError(
             f"checkpoint.load: {checkpoint.path} holds another network than unet.* describes"

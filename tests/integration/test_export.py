@@ -107,7 +107,7 @@ def test_the_card_says_how_to_use_it_and_what_it_is(config: Config):
     assert "images with captions" in card
     index = json.loads((folder / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
-    averaged = chosen_checkpoint(config).tensors("ema")["ema"]
+    _, averaged = chosen_checkpoint(config).average("")
     stored = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert {f"unet.{name}" for name in stored} == averaged.keys()
     assert all(torch.equal(value, averaged[f"unet.{name}"]) for name, value in stored.items())

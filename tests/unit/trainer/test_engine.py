@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.averages import gamma
 from trainer.cli import load_config
 from trainer.distributed import join
 from trainer.engine import Engine
@@ -25,7 +26,8 @@ def config(stage: int):
             "optim.warmup_steps=2",
             "optim.weight_decay=0.1",
             "optim.max_grad_norm=0.5",
-            "ema.decay=0.5",
+            "ema.decays=[0.5,0.9]",
+            "ema.sigma_rels=[0.2]",
             f"deepspeed.stage={stage}",
         ]
     )
@@ -58,7 +60,7 @@ def test_weights_moments_norms_and_ema_are_those_of_a_plain_loop(stage: int):
     engine = Engine(network(), options, join())
     plain = network()
     optimizer = build_optimizer(options.optim, plain.parameters())
-    average = copy.deepcopy(plain)
+    average, path = copy.deepcopy(plain), []
     for step in range(STEPS):
         result = run(engine, step)
         for batch in micro_batches(step):
@@ -68,7 +70,8 @@ def test_weights_moments_norms_and_ema_are_those_of_a_plain_loop(stage: int):
             group["lr"] = learning_rate(options.optim, step, options.train.max_steps)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(options.ema.decay, (1 + step) / (10 + step))
+        path.append(copy.deepcopy(plain))
+        decay = min(0.5, (1 + step) / (10 + step))
         for mean, value in zip(average.parameters(), plain.parameters(), strict=True):
             mean.data.lerp_(value.data, 1 - decay)
         assert result.applied
@@ -79,7 +82,15 @@ def test_weights_moments_norms_and_ema_are_those_of_a_plain_loop(stage: int):
         moment = optimizer.state[parameter]["exp_avg"]
         torch.testing.assert_close(found["exp_avg", name], moment, atol=1e-6, rtol=1e-5)
     for name, parameter in average.named_parameters():
-        torch.testing.assert_close(found["ema", name], parameter.detach(), atol=1e-6, rtol=1e-5)
+        mean = engine.ema_weights("decay_0.5")[name]
+        torch.testing.assert_close(mean, parameter.detach(), atol=1e-6, rtol=1e-5)
+    # the profile's integral over each update, of which the average after STEPS is the sum
+    edges = (torch.arange(STEPS + 1, dtype=torch.float64) / STEPS) ** (gamma(0.2) + 1)
+    shares = edges.diff().tolist()
+    for name, mean in engine.ema_weights("sigma_rel_0.2").items():
+        values = [network.get_parameter(name).detach() for network in path]
+        expected = sum(share * value for share, value in zip(shares, values, strict=True))
+        torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-5)
     assert engine.adam_steps() == STEPS
 
 
