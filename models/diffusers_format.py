@@ -23,6 +23,10 @@ from models.config import (
     UNetConfig,
 )
 
+PIPELINE_INDEX = "model_index.json"
+DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""Of the U-Net and of the first stage, each in a folder of its own."""
+
 PIPELINE = {
     "_class_name": "StableDiffusionPipeline",
     "unet": ["diffusers", "UNet2DConditionModel"],

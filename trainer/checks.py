@@ -143,6 +143,8 @@ def _data(config: Config) -> Iterator[str]:
         "data.prefetch": (config.data.prefetch, 1),
         "precompute.batch_size": (job.batch_size, 1),
         "precompute.workers": (job.workers, 0),
+        "sample.images_per_prompt": (config.sample.images_per_prompt, 1),
+        "sample.batch_size": (config.sample.batch_size, 1),
     }
     for path, (value, lowest) in least.items():
         if value < lowest:

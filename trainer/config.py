@@ -181,6 +181,11 @@ class SampleConfig:
     """What `trainer.sample` draws."""
 
     prompts: list[str] = field(default_factory=list)
+    prompts_file: str = ""
+    """A text file of more prompts, one a line."""
+    images_per_prompt: int = 1
+    batch_size: int = 16
+    """Images a rank draws at once."""
     negative_prompt: str = ""
     """What guidance leads away from; empty is the null condition."""
     init_image: str = ""
@@ -188,6 +193,9 @@ class SampleConfig:
     strength: float = 0.6
     """How far init_image is noised: the share of the sampler's steps that are taken, in (0, 1]."""
     seed: int = 0
+    """Image i's noise depends on (seed, i) alone: another batch size or more images change none."""
+    export: str = ""
+    """A folder that `trainer.export` wrote, to draw from instead of a checkpoint."""
     out: str = "${run.dir}/samples"
 
 

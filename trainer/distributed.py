@@ -1,7 +1,7 @@
 """Who am I among the ranks, and what do all ranks agree on."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -24,6 +24,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, which talks and commits."""
         return self.rank == 0
+
+    def parts(self, count: int, size: int) -> Iterator[list[int]]:
+        """This rank's share of items 0 … count-1, in batches that no number of ranks changes."""
+        for start in range(self.rank * size, count, self.world_size * size):
+            yield list(range(start, min(start + size, count)))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -179,7 +179,5 @@ class Evaluator:
 
     def _parts(self, count: int, label: str) -> Iterator[list[int]]:
         """This rank's share of 0 … count-1, in batches, with a progress bar."""
-        size, ranks = self._config.eval.batch_size, self._ranks
-        starts = range(ranks.rank * size, count, ranks.world_size * size)
-        for start in tqdm(starts, label, leave=False, disable=None if ranks.is_main else True):
-            yield list(range(start, min(start + size, count)))
+        parts = list(self._ranks.parts(count, self._config.eval.batch_size))
+        yield from tqdm(parts, label, leave=False, disable=None if self._ranks.is_main else True)

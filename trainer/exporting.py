@@ -12,7 +12,9 @@ from data.manifest import Manifest, ManifestError
 from models.autoencoder import load_autoencoder
 from models.conditioners import Text, build_conditioner
 from models.diffusers_format import (
+    DIFFUSION_WEIGHTS,
     PIPELINE,
+    PIPELINE_INDEX,
     autoencoder_config,
     scaled_autoencoder,
     scheduler_config,
@@ -25,9 +27,6 @@ from trainer.checkpoint import Checkpoint, chosen_checkpoint
 from trainer.config import Config
 from trainer.pipeline import load_trained
 from trainer.run_folder import RunFolder, read_run
-
-INDEX = "model_index.json"
-DIFFUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 CARD = """\
 ---
@@ -85,7 +84,7 @@ def export(config: Config) -> None:
     first_stage = load_autoencoder(config.autoencoder).state_dict()
 
     folder = Path(config.export.out)
-    if folder.exists() and not (folder / INDEX).is_file():
+    if folder.exists() and not (folder / PIPELINE_INDEX).is_file():
         raise ValueError(f"export.out: {folder} exists and is no export: choose another")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -100,7 +99,7 @@ def export(config: Config) -> None:
         _write_text(part / "tokenizer" / name, content)
     _write_json(part / "scheduler" / "scheduler_config.json", configs["scheduler"])
     scheduler = ["diffusers", configs["scheduler"]["_class_name"]]
-    _write_json(part / INDEX, PIPELINE | {"scheduler": scheduler})
+    _write_json(part / PIPELINE_INDEX, PIPELINE | {"scheduler": scheduler})
     _write_text(part / "README.md", model_card(config, checkpoint))
     if folder.exists():
         shutil.rmtree(folder)

@@ -33,10 +33,16 @@ def grid(images: Tensor, columns: int) -> Tensor:
 
 def save_png(path: Path, picture: Tensor, about: Mapping[str, object] | None = None) -> None:
     """Write [3, H, W] uint8 with its parameters as JSON in the PNG's `parameters` text."""
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    save_picture(path, image, about)
+
+
+def save_picture(path: Path, image: Image.Image, about: Mapping[str, object] | None = None) -> None:
+    """As save_png, of an image of Pillow's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     if about is not None:
         info.add_itxt("parameters", json.dumps(dict(about)))
     part = path.with_suffix(".part")
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(part, "PNG", pnginfo=info)
+    image.save(part, "PNG", pnginfo=info)
     part.replace(path)

@@ -1,7 +1,8 @@
 """From prompts to images: the trained network with everything that sampling needs around it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.conditioners import Captions, Conditioner, build_conditioner
+from models.convert import load_unet
+from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX
 from models.diffusion import Diffusion
 from models.guidance import guided
 from models.samplers import sample
@@ -112,6 +115,29 @@ class Pipeline:
         conditioner = build_conditioner(config.conditioner)
         module, scale = load_trained(config, checkpoint, conditioner)
         return cls(config, module, conditioner, load_autoencoder(config.autoencoder), scale, device)
+
+    @classmethod
+    def load_export(cls, config: Config, folder: Path, device: torch.device) -> Self:
+        """Of the U-Net and first stage of an export; the conditioner is the config's.
+
+        Raises: FileNotFoundError or ValueError if they are missing, or of another network than the
+        config's.
+        """
+        if not (folder / PIPELINE_INDEX).is_file():
+            raise FileNotFoundError(
+                f"sample.export: {folder} holds no {PIPELINE_INDEX}; make an export with "
+                f"python -m trainer.export +experiment={config.run.experiment}"
+            )
+        unet = UNet2DCondition(config.unet)
+        load_unet(unet, config.unet, folder / "unet" / DIFFUSION_WEIGHTS)
+        stage = replace(config.autoencoder, weights=str(folder / "vae" / DIFFUSION_WEIGHTS))
+        autoencoder = load_autoencoder(stage)
+        channels = config.autoencoder.latent_channels
+        scale = LatentScale([0.0] * channels, [1.0] * channels)  # it is part of an export's weights
+        module = LatentDiffusion(unet, None)
+        return cls(
+            config, module, build_conditioner(config.conditioner), autoencoder, scale, device
+        )
 
     @torch.inference_mode()
     def draw(

@@ -88,7 +88,7 @@ def test_from_pictures_to_a_report(shop: Workshop):
 
     drawn = run("trainer.sample", *options, "sample.prompts=[a red circle,a blue square]")
     assert "2 images" in drawn
-    with Image.open(folder / "samples" / "0000.png") as image:
+    with Image.open(folder / "samples" / "00000.png") as image:
         assert json.loads(image.info["parameters"])["prompt"] == "a red circle"
         assert image.size == (32, 32)
 
