@@ -1,7 +1,8 @@
 """Checkpoints: a folder of safetensors and JSON that knows no world size and no ZeRO stage.
 
     checkpoints/step_00001000/
-        rank_00000.safetensors …   fp32 tensors named kind/parameter, spread over the ranks
+        rank_00000.safetensors …   fp32 tensors named kind/parameter, spread over the ranks;
+                                   of modules beside the first, module.kind/parameter
         state.json                 counters, cursor, config, W&B id
         manifest.json              size and SHA-256 of every file, written last
 
@@ -156,13 +157,13 @@ class CheckpointWriter:
     ) -> None:
         """Copy this rank's share to host memory, then write it while training goes on.
 
-        `tensors` yields (kind, name, full tensor) on every rank alike; a save that is still being
-        written is waited for.
+        `tensors` yields (kind, name, full tensor) on every rank alike, `buffers` are kind/name and
+        tensor of rank 0; a save that is still being written is waited for.
         """
         self.wait()
         share = self._own_share(tensors)
         if self._ranks.is_main:
-            share |= {f"buffer/{name}": _host_copy(value) for name, value in buffers.items()}
+            share |= {name: _host_copy(value) for name, value in buffers.items()}
         document = json.dumps(dict(state), indent=1).encode()
         self._thread = threading.Thread(
             target=self._write, args=(step, share, document), name=f"checkpoint-{step}"

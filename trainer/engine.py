@@ -56,10 +56,14 @@ class StepResult:
 class Engine:
     """Trains a module whose weights are already those to start from.
 
+    averaged: whether its weights are. Several modules have an engine each, at stages 0 to 2; one
+    that another's loss runs through is called as the plain module there.
     Raises: ValueError of deepspeed for a configuration that it does not accept.
     """
 
-    def __init__(self, module: nn.Module, config: Config, ranks: Ranks) -> None:
+    def __init__(
+        self, module: nn.Module, config: Config, ranks: Ranks, *, averaged: bool = True
+    ) -> None:
         if ranks.device.type == "cpu":
             # gloo's reductions do; this op would be compiled for minutes on first use
             __compatible_ops__["deepspeed_shm_comm"] = False
@@ -69,7 +73,7 @@ class Engine:
         self._config = config
         self._ranks = ranks
         self._stage = config.deepspeed.stage
-        self._averages = averages(config.ema)
+        self._averages = averages(config.ema) if averaged else ()
         self._adam_steps = 0
         initialised: tuple[Any, ...] = deepspeed.initialize(
             model=module,

@@ -3,9 +3,11 @@
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from data.cursor import Cursor
 from data.manifest import Rejected, write_ledger
@@ -16,7 +18,7 @@ from trainer.callbacks.jsonl import JsonLines
 from trainer.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from trainer.config import Config, Task, WandbMode
 from trainer.distributed import Ranks, join
-from trainer.engine import Engine
+from trainer.engine import Engine, StepResult
 from trainer.images import save_png
 from trainer.meter import Meter
 from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
@@ -69,7 +71,7 @@ class Progress:
 
 
 class Run:
-    """A task, an engine and their surroundings."""
+    """A task, an engine for each of its modules, and their surroundings."""
 
     def __init__(
         self, config: Config, ranks: Ranks, task: TrainingTask, checkpoint: Checkpoint | None
@@ -80,10 +82,10 @@ class Run:
         self.folder = Path(config.run.dir)
         self.progress = Progress(0, 0, not config.eval.every, self._new_wandb_id())
         self.meter = Meter(ranks)
-        if checkpoint is None:
-            self.engine = Engine(task.module, config, ranks)
-        else:
-            self.engine = self._resume(checkpoint)
+        self.engines = {name: self._engine(name, checkpoint) for name in task.modules}
+        self.engine = next(iter(self.engines.values()))
+        if checkpoint is not None:
+            self._resume(checkpoint)
         self.checkpoints = CheckpointWriter(
             self.folder / "checkpoints", ranks, config.checkpoint.keep
         )
@@ -126,13 +128,16 @@ class Run:
             yield micro_batches
 
     def _train_step(self, micro_batches: list[Batch]) -> None:
-        for batch in micro_batches:
-            loss = self.task.loss(self.engine.model, batch)
-            self.engine.backward(loss.mean)
-            self.meter.loss(loss)
-        result = self.engine.step(self.progress.step)
-        self.meter.step(result, self.config.train.global_batch_size)
         progress, every = self.progress, self.config.eval.every
+        results: list[StepResult] = []
+        for name in self.task.turns(progress.step):
+            engine = self.engines[name]
+            for loss in self.task.losses(name, engine.model, micro_batches, progress.step):
+                engine.backward(loss.mean)
+                self.meter.loss(loss)
+            results.append(engine.step(progress.step))
+        result = replace(results[0], applied=all(result.applied for result in results))
+        self.meter.step(result, self.config.train.global_batch_size)
         progress.step += 1
         progress.skipped_steps += not result.applied
         at_end = progress.step == self.config.train.max_steps
@@ -173,13 +178,16 @@ class Run:
         step = self.progress.step
         self.checkpoints.save(
             step,
-            self.engine.tensors(),
-            dict(self.engine.module.named_buffers()),
+            self._tensors(),
+            self._buffers(),
             {
                 **asdict(self.progress),
                 "images_seen": step * self.config.train.global_batch_size,
                 "averages": self.engine.averages,
-                "adam_steps": self.engine.adam_steps(),
+                **{
+                    f"{self._prefix(name)}adam_steps": engine.adam_steps()
+                    for name, engine in self.engines.items()
+                },
                 "cursor": self.task.stream.cursor(step).to_json(),
                 "quarantine": [asdict(item) for item in self.task.stream.quarantine.rejected],
                 "task": self.task.state(),
@@ -189,17 +197,42 @@ class Run:
             },
         )
 
-    def _resume(self, checkpoint: Checkpoint) -> Engine:
-        state, start = checkpoint.state, checkpoint.tensors("weight", "buffer")
-        # DeepSpeed derives its low-precision copies from the module as it is at the start
-        self.task.module.load_state_dict(start["weight"] | start["buffer"])
-        engine = Engine(self.task.module, self.config, self.ranks)
-        engine.load(checkpoint.tensors(*engine.kinds), state["adam_steps"])
+    def _prefix(self, name: str) -> str:
+        """Sets apart in a checkpoint what modules beside the first have."""
+        return "" if name == next(iter(self.task.modules)) else f"{name}."
+
+    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name, engine in self.engines.items():
+            for kind, parameter, tensor in engine.tensors():
+                yield self._prefix(name) + kind, parameter, tensor
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {
+            f"{self._prefix(name)}buffer/{buffer}": value
+            for name, engine in self.engines.items()
+            for buffer, value in engine.module.named_buffers()
+        }
+
+    def _engine(self, name: str, checkpoint: Checkpoint | None) -> Engine:
+        module, prefix = self.task.modules[name], self._prefix(name)
+        if checkpoint is not None:
+            # DeepSpeed derives its low-precision copies from the module as it is at the start
+            start = checkpoint.tensors(f"{prefix}weight", f"{prefix}buffer")
+            module.load_state_dict(start[f"{prefix}weight"] | start[f"{prefix}buffer"])
+        engine = Engine(module, self.config, self.ranks, averaged=not prefix)
+        if checkpoint is not None:
+            found = checkpoint.tensors(*(prefix + kind for kind in engine.kinds))
+            tensors = {kind: found[prefix + kind] for kind in engine.kinds}
+            engine.load(tensors, checkpoint.state[f"{prefix}adam_steps"])
+        return engine
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
         self.progress = Progress(**{field.name: state[field.name] for field in fields(Progress)})
         self.meter.load(state["meter"])
         self.task.stream.quarantine.add(Rejected(**item) for item in state["quarantine"])
+        self.task.load(state["task"])
         self._say(f"going on from {checkpoint.path}")
-        return engine
 
     def _callbacks(self) -> Iterator[Callback]:
         step = self.progress.step

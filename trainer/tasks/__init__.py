@@ -1,6 +1,6 @@
 """What one training step is, for each thing that can be trained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,11 +30,14 @@ class Evaluation:
 
 
 class TrainingTask(Protocol):
-    """A module, its data and its loss; the loop knows nothing else of what it trains."""
+    """Modules, their data and losses; the loop knows nothing else of what it trains."""
 
     @property
-    def module(self) -> nn.Module:
-        """What the optimizer trains."""
+    def modules(self) -> dict[str, nn.Module]:
+        """What is trained, by name, each with an optimizer of its own.
+
+        The first is the one that has an EMA and is evaluated. The others serve it.
+        """
         ...
 
     @property
@@ -46,8 +49,22 @@ class TrainingTask(Protocol):
         """What a checkpoint must say beside weights, as JSON values."""
         ...
 
-    def loss(self, module: nn.Module, batch: Batch) -> Loss:
-        """The loss of one micro batch."""
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        ...
+
+    def turns(self, step: int) -> Sequence[str]:
+        """Names of the modules that optimizer step `step` (from 0) trains, one after the other."""
+        ...
+
+    def losses(
+        self, name: str, model: nn.Module, micro_batches: Sequence[Batch], step: int
+    ) -> Iterator[Loss]:
+        """The loss of each micro batch in a module's turn at a step; `model` is what to call.
+
+        Each is differentiated before the next is asked for; then the module's optimizer steps.
+        Every turn of a step gets the same micro batches.
+        """
         ...
 
     def baselines(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Training a first stage: reconstruct the image, keep the latents near N(0, I)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,32 @@ class AutoencoderTask:
         self._config = config
         self._ranks = ranks
         torch.manual_seed(config.run.seed)
-        self.module = build_autoencoder(config.autoencoder).to(ranks.device)
+        module = build_autoencoder(config.autoencoder).to(ranks.device)
         loss, is_kl = config.autoencoder.loss, config.autoencoder.kind is AutoencoderKind.kl
         self._penalty = ("kl", loss.kl_weight) if is_kl else ("codebook", loss.codebook_weight)
         if config.train.compile:
-            self.module.compile()
+            module.compile()
+        self.modules: dict[str, nn.Module] = {"autoencoder": module}
         self.stream = open_images(config, ranks, "train")
         self._validation: ImageStream = open_images(config, ranks, "val")
 
     def state(self) -> dict[str, Any]:
         """The weights say it all."""
         return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """There is nothing else."""
+
+    def turns(self, step: int) -> Sequence[str]:
+        """One module, at every step."""
+        return tuple(self.modules)
+
+    def losses(
+        self, name: str, model: nn.Module, micro_batches: Sequence[Batch], step: int
+    ) -> Iterator[Loss]:
+        """See loss."""
+        for batch in micro_batches:
+            yield self.loss(model, batch)
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """Mean over the micro batch of the weighted loss."""
@@ -110,7 +125,7 @@ class AutoencoderTask:
             yield f"weights for autoencoder.weights: {path}"
 
     def _on_device(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or next(self.module.parameters()).dtype
+        dtype = dtype or next(self.modules["autoencoder"].parameters()).dtype
         # DeepSpeed broadcasts contiguous weights only; convolutions follow their input's layout
         layout = (
             torch.channels_last if self._config.train.channels_last else torch.contiguous_format

@@ -1,6 +1,6 @@
 """Training the denoiser on stored latents, with its condition dropped now and then."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,10 @@ class DiffusionTask:
         unet = UNet2DCondition(config.unet)
         if config.unet.weights:
             load_unet(unet, config.unet, Path(config.unet.weights))
-        self.module = LatentDiffusion(unet, trained).to(ranks.device)
+        module = LatentDiffusion(unet, trained).to(ranks.device)
         if config.train.compile:
-            self.module.compile()
+            module.compile()
+        self.modules: dict[str, nn.Module] = {"denoiser": module}
         chosen = self._choose_attention()
         if ranks.is_main:
             print(chosen, flush=True)
@@ -87,6 +88,20 @@ class DiffusionTask:
     def state(self) -> dict[str, Any]:
         """What sampling needs to know of the data."""
         return {"latent_scale": asdict(self._scale)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The latents' manifest has said it."""
+
+    def turns(self, step: int) -> Sequence[str]:
+        """One module, at every step."""
+        return tuple(self.modules)
+
+    def losses(
+        self, name: str, model: nn.Module, micro_batches: Sequence[Batch], step: int
+    ) -> Iterator[Loss]:
+        """See loss."""
+        for batch in micro_batches:
+            yield self.loss(model, batch)
 
     def loss(self, module: nn.Module, batch: Batch) -> Loss:
         """Weighted squared error of the prediction, averaged over the micro batch."""

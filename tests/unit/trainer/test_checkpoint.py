@@ -27,7 +27,7 @@ def tensors(value: float) -> Iterator[tuple[str, str, Tensor]]:
 def save(folder: Path, *steps: int, keep: int = 9, ranks: Ranks = ALONE) -> None:
     writer = CheckpointWriter(folder, ranks, keep)
     for step in steps:
-        buffers = {"scale": torch.tensor([2.0])}
+        buffers = {"buffer/scale": torch.tensor([2.0])}
         writer.save(step, tensors(float(step)), buffers, {"step": step, "note": "é"})
     writer.wait()
 
