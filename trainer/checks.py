@@ -91,6 +91,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.deepspeed.stage == 0 and config.train.precision is Precision.bf16:
         yield "deepspeed.stage=0 with train.precision=bf16 trains wrongly; use stage 1"
     yield from _averages(config)
+    yield from _checkpoints(config)
     if config.autoencoder.codebook_decay and config.train.precision is Precision.bf16:
         yield "autoencoder.codebook_decay: bf16 loses its small steps; use train.precision=fp32"
     side, factor = config.data.image_size, config.autoencoder.downsample_factor
@@ -129,6 +130,27 @@ def _averages(config: Config) -> Iterator[str]:
         yield f"ema.decays={ema.decays} must lie in [0, 1)"
     if not all(0 < width <= WIDEST for width in ema.sigma_rels):
         yield f"ema.sigma_rels={ema.sigma_rels} must lie in (0, {WIDEST}]"
+
+
+def _checkpoints(config: Config) -> Iterator[str]:
+    options, evaluations = config.checkpoint, config.eval.every
+    for path, value, lowest in (
+        ("checkpoint.every", options.every, 1),
+        ("checkpoint.keep", options.keep, 1),
+        ("checkpoint.keep_every", options.keep_every, 0),
+    ):
+        if value < lowest:
+            yield f"{path}={value} must be at least {lowest}"
+    if options.keep_every and options.every > 0 and options.keep_every % options.every:
+        yield (
+            f"checkpoint.keep_every={options.keep_every} is no multiple of "
+            f"checkpoint.every={options.every}: most of its checkpoints are never written"
+        )
+    if options.best and options.every > 0 and (not evaluations or evaluations % options.every):
+        yield (
+            f"checkpoint.best={options.best} needs eval.every, a multiple of "
+            f"checkpoint.every={options.every}: what is evaluated must be saved"
+        )
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -37,6 +37,13 @@ class LrSchedule(StrEnum):
     cosine = "cosine"
 
 
+class Best(StrEnum):
+    """Which value of a metric is the best."""
+
+    lowest = "lowest"
+    highest = "highest"
+
+
 class WandbMode(StrEnum):
     """auto: online where WANDB_API_KEY is set, else offline."""
 
@@ -124,6 +131,13 @@ class CheckpointConfig:
     """Optimizer steps."""
     keep: int = 2
     """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Those at multiples of so many steps stay, too; 0 for none."""
+    best: str = ""
+    """So does the best by this metric, named as it is logged: eval/fd_inception."""
+    best_is: Best = Best.lowest
+    stop_on_failure: bool = False
+    """Stop with an error when one cannot be written, as on a full disk, instead of going on."""
     load: str = ""
     """A checkpoint folder for evaluate, sample and export; empty takes the run's latest."""
 

@@ -1,8 +1,8 @@
 """Who am I among the ranks, and what do all ranks agree on."""
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+"""After which a rank that waits for another gives up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Who takes part in collectives; empty is all, in the main thread."""
 
     @property
     def is_main(self) -> bool:
@@ -33,7 +37,7 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; collective."""
@@ -43,7 +47,7 @@ class Ranks:
         """The largest value over all ranks; collective."""
         largest = torch.tensor(value, dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return largest.item()
 
     def gather(self, value: T) -> list[T]:
@@ -51,8 +55,19 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.group)
         return values
+
+    def first(self, value: Callable[[], T]) -> T:
+        """What rank 0 finds, on every rank; collective. The others do not look."""
+        return self.gather([value()] if self.is_main else [])[0][0]
+
+    def apart(self) -> "Ranks":
+        """The same ranks for a background thread, whose collectives do not mix with others'."""
+        if self.world_size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return replace(self, device=torch.device("cpu"), group=group)
 
     def sum_(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Replace each tensor by its sum over all ranks; collective, in the order of the names."""
@@ -60,8 +75,12 @@ class Ranks:
             return
         for name in sorted(tensors):
             total = tensors[name].to(self.device, copy=True)
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
             tensors[name].copy_(total)
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""A process that is no part of a job."""
 
 
 def join() -> Ranks:
@@ -85,6 +104,6 @@ def join() -> Ranks:
             "nccl" if cuda else "gloo",
             rank=rank,
             world_size=world,
-            timeout=timedelta(minutes=30),
+            timeout=TIMEOUT,
         )
     return Ranks(rank, world, device)

@@ -8,7 +8,7 @@ state to parameters at stages 1 and 2.
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,11 +137,19 @@ class Engine:
             self._update_averages()
         return StepResult(applied, float(norm if norm is not None else "nan"), lr)
 
-    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (kind, parameter name, full fp32 tensor); collective, in one order everywhere."""
+    def tensors(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (kind, parameter name, copy of the full fp32 tensor) of some of `kinds`.
+
+        Collective, in one order everywhere.
+        """
         for name, parameter in self._names.items():
-            for kind in self.kinds:
+            for kind in kinds:
                 yield kind, name, self._full(parameter, kind)
+
+    def num_bytes(self, kinds: Sequence[str]) -> int:
+        """Of all that `tensors` yields, over all ranks."""
+        sizes = (getattr(p, "ds_numel", p.numel()) for p in self._names.values())
+        return 4 * len(kinds) * sum(sizes)
 
     def ema_weights(self, average: str) -> dict[str, Tensor]:
         """The weights averaged as one of `averages`, with the module's buffers, as a state dict.
@@ -149,15 +157,15 @@ class Engine:
         Collective; every rank has the whole.
         """
         kind = average_kind(average)
-        averaged = {name: self._full(p, kind).clone() for name, p in self._names.items()}
+        averaged = {name: self._full(p, kind) for name, p in self._names.items()}
         buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         return averaged | buffers
 
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], adam_steps: int) -> None:
-        """Put back what `tensors` gave: {kind: {name: full tensor}}."""
+    def load(self, read: Callable[[str, str], Tensor], adam_steps: int) -> None:
+        """Put back what `tensors` gave; read: (kind, parameter name) → full tensor."""
         for name, parameter in self._names.items():
             for kind in self.kinds:
-                self._put(parameter, kind, tensors[kind][name])
+                self._put(parameter, kind, read(kind, name))
         self._adam_steps = adam_steps
         for flat in self._flats():
             self._inner.state[flat]["step"].fill_(adam_steps)
@@ -204,9 +212,8 @@ class Engine:
 
     def _full(self, parameter: nn.Parameter, kind: str) -> Tensor:
         if self._stage == 0:
-            if kind == "weight":
-                return parameter.detach().float()
-            return self._inner.state[parameter][kind]
+            tensor = parameter if kind == "weight" else self._inner.state[parameter][kind]
+            return tensor.detach().clone()
         full = (
             safe_get_full_fp32_param(parameter)
             if kind == "weight"

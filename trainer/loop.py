@@ -7,21 +7,22 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from data.cursor import Cursor
 from data.manifest import Rejected, write_ledger
 from data.stream import Batch
 from trainer.callbacks import Callback, Callbacks
 from trainer.callbacks.console import Console
 from trainer.callbacks.jsonl import JsonLines
-from trainer.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from trainer.checkpoint import Checkpoint, latest_checkpoint
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.config import Config, Task, WandbMode
 from trainer.distributed import Ranks, join
-from trainer.engine import Engine, StepResult
+from trainer.engine import StepResult
+from trainer.engines import Engines
 from trainer.images import save_png
 from trainer.meter import Meter
 from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
+from trainer.retention import Retention
 from trainer.runs import describe, open_run
 from trainer.tasks import TrainingTask
 
@@ -35,7 +36,7 @@ def fit(config: Config) -> int:
     ranks = join()
     stop = StopRequest(ranks)
     folder = Path(config.run.dir)
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    checkpoint = latest_checkpoint(folder / "checkpoints", ranks)
     task = _build_task(config, ranks)
     if checkpoint is not None:
         checkpoint.check_averages(config.ema)
@@ -82,13 +83,13 @@ class Run:
         self.folder = Path(config.run.dir)
         self.progress = Progress(0, 0, not config.eval.every, self._new_wandb_id())
         self.meter = Meter(ranks)
-        self.engines = {name: self._engine(name, checkpoint) for name in task.modules}
-        self.engine = next(iter(self.engines.values()))
+        self.engines = Engines(task.modules, config, ranks, checkpoint)
+        self.engine = self.engines.first
         if checkpoint is not None:
             self._resume(checkpoint)
-        self.checkpoints = CheckpointWriter(
-            self.folder / "checkpoints", ranks, config.checkpoint.keep
-        )
+        self.evaluations: dict[int, dict[str, float]] = {}
+        step, kept = self.progress.step, Retention.of(config.checkpoint)
+        self.checkpoints = CheckpointWriter(self.folder / "checkpoints", ranks, kept, step)
         self.callbacks = Callbacks(list(self._callbacks()) if ranks.is_main else [])
 
     def train(self, stop: StopRequest) -> int:
@@ -99,19 +100,24 @@ class Run:
         for micro_batches in self._steps():
             self._train_step(micro_batches)
             step, done = progress.step, progress.step == config.train.max_steps
-            stopping = stop.agreed()
+            stopping = stop.agreed(self._must_stop())
             if step % config.train.log_every == 0 or done:
                 self._log()
             if not progress.evaluated and not stopping:
                 self._evaluate({})
             if done or stopping or step % config.checkpoint.every == 0:
                 self._save()
+            if done or stopping:
+                self.checkpoints.finish()
             if stopping:
                 self._say(f"asked to stop: step {step} is saved; the same command goes on")
                 return REQUEUE_EXIT_CODE
         for line in self.task.finish(self.engine.ema_weights(self.engine.averages[0]), self.folder):
             self._say(line)
         return 0
+
+    def _must_stop(self) -> bool:
+        return self.config.checkpoint.stop_on_failure and self.checkpoints.failed
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -166,7 +172,8 @@ class Run:
         evaluation = self.task.evaluate(self.engine.ema_weights(self.engine.averages[0]))
         if self.ranks.is_main:
             values = evaluation.metrics | extra
-            self.callbacks.metrics(step, {f"eval/{name}": value for name, value in values.items()})
+            self.evaluations = {step: {f"eval/{name}": value for name, value in values.items()}}
+            self.callbacks.metrics(step, self.evaluations[step])
             path = self.folder / "samples" / f"step_{step:08d}.png"
             save_png(path, evaluation.picture)
             self.callbacks.picture(step, path)
@@ -178,16 +185,14 @@ class Run:
         step = self.progress.step
         self.checkpoints.save(
             step,
-            self._tensors(),
-            self._buffers(),
+            self.engines.tensors(),
+            self.engines.num_bytes(),
+            self.engines.buffers(),
             {
                 **asdict(self.progress),
+                **self.engines.state(),
                 "images_seen": step * self.config.train.global_batch_size,
-                "averages": self.engine.averages,
-                **{
-                    f"{self._prefix(name)}adam_steps": engine.adam_steps()
-                    for name, engine in self.engines.items()
-                },
+                "metrics": self.evaluations.get(step, {}),
                 "cursor": self.task.stream.cursor(step).to_json(),
                 "quarantine": [asdict(item) for item in self.task.stream.quarantine.rejected],
                 "task": self.task.state(),
@@ -196,35 +201,6 @@ class Run:
                 "config": describe(self.config),
             },
         )
-
-    def _prefix(self, name: str) -> str:
-        """Sets apart in a checkpoint what modules beside the first have."""
-        return "" if name == next(iter(self.task.modules)) else f"{name}."
-
-    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        for name, engine in self.engines.items():
-            for kind, parameter, tensor in engine.tensors():
-                yield self._prefix(name) + kind, parameter, tensor
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {
-            f"{self._prefix(name)}buffer/{buffer}": value
-            for name, engine in self.engines.items()
-            for buffer, value in engine.module.named_buffers()
-        }
-
-    def _engine(self, name: str, checkpoint: Checkpoint | None) -> Engine:
-        module, prefix = self.task.modules[name], self._prefix(name)
-        if checkpoint is not None:
-            # DeepSpeed derives its low-precision copies from the module as it is at the start
-            start = checkpoint.tensors(f"{prefix}weight", f"{prefix}buffer")
-            module.load_state_dict(start[f"{prefix}weight"] | start[f"{prefix}buffer"])
-        engine = Engine(module, self.config, self.ranks, averaged=not prefix)
-        if checkpoint is not None:
-            found = checkpoint.tensors(*(prefix + kind for kind in engine.kinds))
-            tensors = {kind: found[prefix + kind] for kind in engine.kinds}
-            engine.load(tensors, checkpoint.state[f"{prefix}adam_steps"])
-        return engine
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state

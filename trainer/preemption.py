@@ -24,6 +24,6 @@ class StopRequest:
             print(f"{signal.Signals(number).name}: stopping after this step", flush=True)
         self._heard = True
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; collective, so all ranks leave at the same step."""
-        return self._ranks.any(self._heard)
+    def agreed(self, must: bool = False) -> bool:
+        """Whether any rank was asked to stop, or must; collective: all leave at the same step."""
+        return self._ranks.any(self._heard or must)

@@ -53,7 +53,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    path = run / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000.safetensors"
+    path = run / "checkpoints" / f"step_{STEPS:08d}" / "rank_00000_000.safetensors"
     return load_file(path)
 
 

@@ -1,6 +1,9 @@
+import gc
 import json
+import math
 import resource
 import signal
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
@@ -12,24 +15,43 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.checkpoint import CheckpointWriter, latest_checkpoint, open_checkpoint
-from trainer.distributed import Ranks
+from trainer import checkpoint_writer
+from trainer.checkpoint import latest_checkpoint, open_checkpoint
+from trainer.checkpoint_writer import FILE_BYTES, CheckpointWriter
+from trainer.config import Best
+from trainer.distributed import ALONE
+from trainer.retention import EVERYTHING, Retention
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
+SIZES = {"a.weight": 6, "b": 1}
+NUM_BYTES = 2 * 4 * sum(SIZES.values())
 
 
 def tensors(value: float) -> Iterator[tuple[str, str, Tensor]]:
-    for name, size in (("a.weight", 6), ("b", 1)):
-        for kind in ("weight", "ema"):
+    for name, size in SIZES.items():
+        for kind in ("weight", "ema.decay_0.9"):
             yield kind, name, torch.full((size,), value)
 
 
-def save(folder: Path, *steps: int, keep: int = 9, ranks: Ranks = ALONE) -> None:
-    writer = CheckpointWriter(folder, ranks, keep)
+def save(
+    folder: Path,
+    *steps: int,
+    retention: Retention = EVERYTHING,
+    from_step: int | None = None,
+    file_bytes: int = FILE_BYTES,
+    **state: object,
+) -> CheckpointWriter:
+    goes_on = max(steps) if from_step is None else from_step
+    writer = CheckpointWriter(folder, ALONE, retention, goes_on, file_bytes)
     for step in steps:
-        buffers = {"buffer/scale": torch.tensor([2.0])}
-        writer.save(step, tensors(float(step)), buffers, {"step": step, "note": "é"})
+        buffers = {"buffer/scale": torch.tensor([2.0]), "buffer/count": torch.tensor(3)}
+        about = {"step": step, "averages": ["decay_0.9"], "note": "é", **state}
+        writer.save(step, tensors(float(step)), NUM_BYTES, buffers, about)
     writer.wait()
+    return writer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path):
@@ -37,15 +59,104 @@ def test_what_is_saved_is_read_back(tmp_path: Path):
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert (found.step, found.state["note"]) == (3, "é")
-    read = found.tensors("weight", "ema", "buffer")
+    read = found.tensors("weight", "buffer")
     assert torch.equal(read["weight"]["a.weight"], torch.full((6,), 3.0))
-    assert torch.equal(read["ema"]["b"], torch.full((1,), 3.0))
     assert torch.equal(read["buffer"]["scale"], torch.tensor([2.0]))
+    assert torch.equal(read["buffer"]["count"], torch.tensor(3))
+    assert found.average("")[0] == "decay_0.9"
+    assert torch.equal(found.average("decay_0.9")[1]["b"], torch.full((1,), 3.0))
+    with found.reading() as read_one:
+        assert torch.equal(read_one("weight", "b"), torch.full((1,), 3.0))
+    with pytest.raises(ValueError, match=r"^ema\.use=mine: .*step_00000003 has decay_0\.9$"):
+        found.average("mine")
 
 
 def test_only_the_newest_stay(tmp_path: Path):
-    save(tmp_path, 1, 2, 10, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000010"]
+    save(tmp_path, 1, 2, 10, retention=Retention(keep=2))
+    assert names(tmp_path) == ["step_00000002", "step_00000010"]
+
+
+def test_the_best_by_the_configured_metric_stays(tmp_path: Path):
+    for step, distance in ((1, 9.0), (2, 4.0), (3, 7.0), (4, 8.0)):
+        retention = Retention(keep=1, best="eval/fd")
+        save(tmp_path, step, retention=retention, metrics={"eval/fd": distance})
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
+@given(
+    st.dictionaries(
+        st.integers(1, 500),
+        st.dictionaries(st.just("m"), st.floats(), max_size=1),
+        min_size=1,
+    ),
+    st.integers(1, 5),
+    st.integers(0, 9),
+    st.sampled_from(Best),
+)
+def test_what_is_kept(
+    measured: dict[int, dict[str, float]], keep: int, keep_every: int, best_is: Best
+):
+    kept = Retention(keep, keep_every, "m", best_is).kept(measured)
+    newest_first = sorted(measured, reverse=True)
+    assert kept >= set(newest_first[:keep])
+    assert kept >= {step for step in measured if keep_every and step % keep_every == 0}
+    finite = {
+        step: values["m"]
+        for step, values in measured.items()
+        if "m" in values and math.isfinite(values["m"])
+    }
+    if finite:
+        choose = min if best_is is Best.lowest else max
+        best = choose(finite.values())
+        assert any(finite.get(step) == best for step in kept)
+    assert len(kept) <= keep + bool(finite) + len(
+        [step for step in measured if keep_every and step % keep_every == 0]
+    )
+
+
+def test_a_share_is_cut_into_files_of_the_same_tensors(tmp_path: Path):
+    save(tmp_path / "one", 1)
+    save(tmp_path / "cut", 1, file_bytes=30)
+    assert names(tmp_path / "cut" / "step_00000001") == [
+        "manifest.json",
+        *(f"rank_00000_{number:03d}.safetensors" for number in range(3)),
+        "state.json",
+    ]
+    read = [
+        open_checkpoint(tmp_path / folder / "step_00000001").tensors("weight", "ema.decay_0.9")
+        for folder in ("one", "cut")
+    ]
+    assert read[0].keys() == read[1].keys()
+    for kind, parameters in read[0].items():
+        for name, tensor in parameters.items():
+            assert torch.equal(tensor, read[1][kind][name])
+
+
+def test_where_copies_do_not_fit_training_waits_and_one_file_is_held_at_a_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checkpoint_writer, "free_host_memory_bytes", lambda: 2 * NUM_BYTES - 1)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def counted() -> Iterator[tuple[str, str, Tensor]]:
+        nonlocal most
+        for kind, name, tensor in tensors(1.0):
+            alive.append(weakref.ref(tensor))
+            yield kind, name, tensor
+            del tensor
+            gc.collect()
+            most = max(most, sum(tensor() is not None for tensor in alive))
+
+    writer = CheckpointWriter(tmp_path, ALONE, EVERYTHING, 0, file_bytes=24)
+    writer.save(1, counted(), NUM_BYTES, {}, {"step": 1})
+    assert names(tmp_path) == ["step_00000001"]
+    assert "training waits while this checkpoint is written" in capsys.readouterr().out
+    assert most <= 2
+    monkeypatch.setattr(checkpoint_writer, "free_host_memory_bytes", lambda: 2 * NUM_BYTES)
+    writer.save(2, tensors(2.0), NUM_BYTES, {}, {"step": 2})
+    writer.finish()
+    assert capsys.readouterr().out == ""
 
 
 def test_no_manifest_no_checkpoint(tmp_path: Path):
@@ -85,43 +196,35 @@ def test_any_flipped_bit_is_found_and_the_one_before_is_taken(
 def test_missing_and_extra_files_are_named(tmp_path: Path):
     save(tmp_path, 1)
     path = tmp_path / "step_00000001"
-    (path / "rank_00001.safetensors").touch()
-    with pytest.raises(ValueError, match=r"missing or extra \['rank_00001.safetensors'\]"):
+    (path / "rank_00001_000.safetensors").touch()
+    with pytest.raises(ValueError, match=r"missing or extra \['rank_00001_000.safetensors'\]"):
         open_checkpoint(path)
-    (path / "rank_00001.safetensors").unlink()
-    (path / "rank_00000.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"missing or extra \['rank_00000.safetensors'\]"):
+    (path / "rank_00001_000.safetensors").unlink()
+    (path / "rank_00000_000.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"missing or extra \['rank_00000_000.safetensors'\]"):
         open_checkpoint(path)
+
+
+def test_what_lies_beyond_the_step_gone_on_from_is_set_aside_until_it_is_passed(tmp_path: Path):
+    save(tmp_path, 1, 2, 3)
+    for step in (2, 3):
+        (tmp_path / f"step_{step:08d}" / "state.json").write_text("{}")
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    save(tmp_path, 2, retention=Retention(keep=2), from_step=found.step)
+    # the damaged ones must not push out the good one, as newer they would
+    assert names(tmp_path) == ["damaged_step_00000003", "step_00000001", "step_00000002"]
+    save(tmp_path, 3, retention=Retention(keep=2), from_step=2)
+    assert names(tmp_path) == ["step_00000002", "step_00000003"]
 
 
 def test_a_killed_save_is_cleaned_away(tmp_path: Path):
     save(tmp_path, 1)
     (tmp_path / ".step_00000002").mkdir()
-    (tmp_path / ".step_00000002" / "rank_00000.safetensors").write_bytes(b"half")
+    (tmp_path / ".step_00000002" / "rank_00000_000.safetensors").write_bytes(b"half")
     save(tmp_path, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
-
-
-def test_ranks_share_the_tensors_and_rank_0_waits_for_all(tmp_path: Path):
-    writers = [
-        CheckpointWriter(tmp_path, Ranks(rank, 1, torch.device("cpu")), 2) for rank in (0, 1)
-    ]
-    two = [Ranks(rank, 2, torch.device("cpu")) for rank in (0, 1)]
-    for writer, ranks in zip(writers, two, strict=True):
-        writer._ranks = ranks
-        writer.save(5, tensors(5.0), {}, {"step": 5})
-    for writer in writers:
-        writer.wait()
-    path = tmp_path / "step_00000005"
-    assert {p.name for p in path.glob("rank_*")} == {
-        "rank_00000.safetensors",
-        "rank_00001.safetensors",
-    }
-    read = open_checkpoint(path).tensors("weight", "ema")
-    assert {kind: set(names) for kind, names in read.items()} == {
-        "weight": {"a.weight", "b"},
-        "ema": {"a.weight", "b"},
-    }
+    assert names(tmp_path) == ["step_00000001", "step_00000003"]
 
 
 def test_a_file_that_cannot_grow_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -130,9 +233,12 @@ def test_a_file_that_cannot_grow_loses_nothing(tmp_path: Path, capsys: pytest.Ca
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        save(tmp_path, 2)
+        writer = save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert "no checkpoint at step 2" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert names(tmp_path) == ["step_00000001"]
+    assert writer.failed
+    with pytest.raises(OSError, match=r"no checkpoint at step 2.*make room"):
+        writer.finish()

@@ -50,6 +50,8 @@ def test_experiments_compose_and_are_named_after_their_file(experiment: str):
         ("ema.decays=[0.9,0.9]", "ema.decays=[0.9, 0.9] names an average twice"),
         ("ema.decays=[1]", "ema.decays=[1.0] must lie in [0, 1)"),
         ("ema.sigma_rels=[0.3]", "ema.sigma_rels=[0.3] must lie in (0, 0.28]"),
+        ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),
+        ("checkpoint.keep_every=700", "checkpoint.keep_every=700 is no multiple"),
         ("precompute.task=1", "precompute.task=1"),
         ("data.source.val_share=1.5", "data.source.val_share=1.5"),
         ("precompute.batch_size=0", "precompute.batch_size=0 must be at least 1"),
@@ -71,6 +73,13 @@ def test_mistakes_are_named(override: str, words: str):
 def test_all_contradictions_are_listed_at_once():
     with pytest.raises(ValueError, match=r"data\.lanes=5.*unet\.heads"):
         load_config(["+experiment=emoji", "data.lanes=5", "unet.heads=[1]"])
+
+
+@pytest.mark.parametrize("every", [0, 700])
+def test_the_best_checkpoint_must_be_saved_when_it_is_evaluated(every: int):
+    options = ["+experiment=emoji", "checkpoint.best=eval/fd_inception", f"eval.every={every}"]
+    with pytest.raises(ValueError, match=r"checkpoint\.best=eval/fd_inception needs eval\.every"):
+        load_config(options)
 
 
 def test_a_negative_prompt_needs_guidance():
