@@ -6,16 +6,14 @@ programs on the machine disturb least; the last line compares the sums of the ro
 """
 
 import json
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from models.autoencoder import AutoencoderKL
 from models.config import AutoencoderConfig
+from tests.benchmarks.turns import least_seconds
 from tests.unit.models.oracles import diffusers_autoencoder, load_both_ways
 
 ROUNDS = 12
@@ -35,6 +33,7 @@ ROWS: list[tuple[str, dict[str, Any], int, int]] = [
 """Name, options, images at once, their side in pixels."""
 
 
+@torch.inference_mode()
 def main() -> None:
     """One line a row, then the JSON."""
     torch.set_num_threads(1)
@@ -48,8 +47,12 @@ def main() -> None:
             batch, config.latent_channels, *[side // config.downsample_factor] * 2
         )
         seconds = {
-            "encode": _seconds(partial(ours.encode, images), partial(theirs.encode, images)),
-            "decode": _seconds(partial(ours.decode, latents), partial(theirs.decode, latents)),
+            direction: least_seconds(
+                partial(getattr(ours, direction), given),
+                partial(getattr(theirs, direction), given),
+                rounds=ROUNDS,
+            )
+            for direction, given in (("encode", images), ("decode", latents))
         }
         columns = [f"{name}, {batch} x {side} px"]
         for direction, (our_s, their_s) in seconds.items():
@@ -63,19 +66,6 @@ def main() -> None:
         for direction, (our_s, their_s) in totals.items()
     }
     print(json.dumps(figures | {"threads": torch.get_num_threads()}))
-
-
-@torch.inference_mode()
-def _seconds(*calls: Callable[[], Tensor]) -> list[float]:
-    """Processor seconds of each call, in turns, after one of each to warm up."""
-    best = [float("inf")] * len(calls)
-    for round_number in range(ROUNDS + 1):
-        for number, call in enumerate(calls):
-            start_s = time.process_time()
-            call()
-            if round_number:
-                best[number] = min(best[number], time.process_time() - start_s)
-    return best
 
 
 if __name__ == "__main__":

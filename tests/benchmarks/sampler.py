@@ -6,18 +6,18 @@ ours, and `ratio_diffusers` the worst of the batch sizes.
 """
 
 import json
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.attention import Context
 from models.diffusion import Diffusion
 from models.guidance import guided
 from models.samplers import sample
 from models.unet import UNet2DCondition
+from tests.benchmarks.turns import least_seconds
 from tests.unit.models.oracles import diffusers, load_both_ways
 from tests.unit.models.test_unet import diffusers_condition
 from trainer.cli import load_config
@@ -45,7 +45,7 @@ def main() -> None:
         our_call = partial(our_loop, config, module, noise, context, null)
         their_call = partial(their_loop, config, theirs, noise, context, null)
         torch.testing.assert_close(our_call(), their_call(), rtol=1e-3, atol=1e-3)
-        our_s, their_s = least_seconds(our_call, their_call)
+        our_s, their_s = least_seconds(our_call, their_call, rounds=ROUNDS)
         ratios.append(their_s / our_s)
         print(
             f"{batch} x {STEPS} steps  {our_s * 1e3:.0f} ms, theirs {their_s * 1e3:.0f}"
@@ -60,7 +60,7 @@ def our_loop(
     config: Config, module: LatentDiffusion, noise: Tensor, context: Tensor, null: Tensor
 ) -> Tensor:
     """As `trainer.pipeline.Pipeline.draw`."""
-    predict = guided(module, context, null, config.sampler)
+    predict = guided(module, Context(context), Context(null), config.sampler)
     return sample(predict, Diffusion(config.diffusion), config.sampler, noise)
 
 
@@ -86,17 +86,6 @@ def their_loop(config: Config, unet: Any, noise: Tensor, context: Tensor, null: 
         output = negative + config.sampler.guidance_scale * (positive - negative)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
-
-
-def least_seconds(*calls: Callable[[], Tensor]) -> list[float]:
-    """The least processor seconds of each, over rounds in which they take turns."""
-    spent: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, times in zip(calls, spent, strict=True):
-            start_s = time.process_time()
-            call()
-            times.append(time.process_time() - start_s)
-    return [min(times) for times in spent]
 
 
 if __name__ == "__main__":

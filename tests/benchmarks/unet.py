@@ -7,7 +7,6 @@ a GPU has it. The times are those of what a run on the CPU chooses: SDPA with na
 """
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.attention import choose_attention
 from models.config import AttentionBackend, UNetConfig
 from models.unet import UNet2DCondition, attention_shapes
+from tests.benchmarks.turns import least_seconds
 from tests.unit.models.oracles import load_both_ways
-from tests.unit.models.test_unet import diffusers_condition, diffusers_unconditional, shipped
+from tests.unit.models.test_unet import diffusers_condition, diffusers_unconditional
 
 ROUNDS = 6
 BATCH, SIDE, TOKENS = 4, 32, 77
-FULL_SIDE = 16
 GEMM_SIDE = 2048
 SHOWN_OPERATORS = 6
 ROWS = {
@@ -75,7 +74,7 @@ def main() -> None:
         cost, their_cost = cost_of(ours), cost_of(theirs)
         costs.append([mine / other for mine, other in zip(cost, their_cost, strict=True)])
         choose(AttentionBackend.auto, config, torch.device("cpu"))
-        step_s, their_step_s = least_seconds(ours, theirs)
+        step_s, their_step_s = least_seconds(ours, theirs, rounds=ROUNDS)
         speeds[name] = their_step_s / step_s
         gflops[name] = cost.flops / step_s / 1e9
         print(
@@ -96,7 +95,6 @@ def main() -> None:
         "ratio_diffusers_flops": flops,
         "gflops": gflops["SD 1 x 0.25"],
         "gemm_gflops": gemm_gflops(),
-        "full_size_error": full_size_error(),
     }
     print(json.dumps({name: float(f"{value:.3g}") for name, value in figures.items()}))
 
@@ -158,17 +156,6 @@ class Dispatches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def least_seconds(*calls: Callable[[], Any]) -> list[float]:
-    """The least processor seconds of each, over rounds in which they take turns."""
-    spent: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for call, times in zip(calls, spent, strict=True):
-            start_s = time.process_time()
-            call()
-            times.append(time.process_time() - start_s)
-    return [min(times) for times in spent]
-
-
 def dominant(step: Steps) -> list[str]:
     """The operators that take the most time, with their shares."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -184,31 +171,8 @@ def dominant(step: Steps) -> list[str]:
 def gemm_gflops() -> float:
     """What a matrix product alone gets."""
     left, right = torch.randn(2, GEMM_SIDE, GEMM_SIDE)
-    (spent_s,) = least_seconds(lambda: left @ right)
+    (spent_s,) = least_seconds(lambda: left @ right, rounds=ROUNDS)
     return 2 * GEMM_SIDE**3 / spent_s / 1e9
-
-
-def full_size_error() -> float:
-    """Largest difference of outputs and input gradients at SD 1's size, relative to the largest."""
-    config = shipped("sd1")
-    choose_attention(AttentionBackend.sdpa, torch.device("cpu"), torch.float32, [])
-    torch.manual_seed(0)
-    theirs = diffusers_condition(config).requires_grad_(False)
-    with torch.device("meta"):
-        ours = UNet2DCondition(config).requires_grad_(False)
-    ours.load_state_dict(theirs.state_dict(), assign=True)
-    latents = torch.randn(1, config.in_channels, FULL_SIDE, FULL_SIDE)
-    context, timesteps = torch.randn(1, TOKENS, config.context_dim), torch.tensor([500])
-    results = []
-    for run in (ours, lambda x, t, c: theirs(x, t, c).sample):
-        leaves = [latents.clone().requires_grad_(), context.clone().requires_grad_()]
-        output = run(leaves[0], timesteps, leaves[1])
-        gradients = torch.autograd.grad(output.square().sum(), leaves)
-        results.append([output.detach(), *gradients])
-    return max(
-        ((mine - other).abs().max() / other.abs().max()).item()
-        for mine, other in zip(*results, strict=True)
-    )
 
 
 if __name__ == "__main__":
