@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.activations import GroupNormModulateSiLU, GroupNormSiLU
-from models.attention import attention
+from models.attention import Context, attention
 from models.linear import Linear
 
 
@@ -97,11 +97,11 @@ class Attention(nn.Module):
         self.to_v = Linear(context_dim or width, width, bias=qkv_bias)
         self.to_out = nn.Sequential(Linear(width, width))
 
-    def attend(self, x: Tensor, context: Tensor, batch: int) -> Tensor:
-        """x: [B·N, width]; context: [B·M, context_dim], x for self-attention → [B·N, width]."""
+    def attend(self, x: Tensor, context: Context, batch: int) -> Tensor:
+        """x: [B·N, width]; context: rows [B·M, context_dim], x itself or others → [B·N, width]."""
         split = (batch, -1, self.heads, self.head_dim)
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        mixed = attention(q.view(split), k.view(split), v.view(split))
+        q, k, v = self.to_q(x), self.to_k(context.tokens), self.to_v(context.tokens)
+        mixed = attention(q.view(split), k.view(split), v.view(split), context.mask)
         return self.to_out(mixed.reshape(x.shape))
 
 
@@ -112,10 +112,10 @@ class SpatialAttention(Attention):
         super().__init__(channels, heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """See the class. context: of use to the transformer that may stand in this place."""
         rows = to_rows(self.group_norm(x))
-        return x + to_grid(self.attend(rows, rows, len(x)), like=x)
+        return x + to_grid(self.attend(rows, Context(rows), len(x)), like=x)
 
 
 class MidBlock(nn.Module):
@@ -127,9 +127,9 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([] if attention is None else [attention])
 
     def forward(
-        self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None
+        self, x: Tensor, time: Tensor | None = None, context: Context | None = None
     ) -> Tensor:
-        """x: [B, C, h, w]; time: [B, time_dim]; context: [B·M, context_dim]."""
+        """x: [B, C, h, w]; time: [B, time_dim]; context: rows [B·M, context_dim]."""
         x = self.resnets[0](x, time)
         for attend in self.attentions:
             x = attend(x, context)

@@ -1,16 +1,30 @@
-"""Contradictions between the options of diffusion and sampling, found without torch."""
+"""Contradictions between the options of a model, found without torch."""
 
 from collections.abc import Iterator
 
 from models.config import (
+    ConditionerConfig,
+    ConditionerKind,
     DiffusionConfig,
     NoiseSchedule,
     PredictionType,
     SamplerConfig,
     SamplerName,
+    TextFeatures,
 )
 
 CONTINUOUS = (NoiseSchedule.edm, NoiseSchedule.flow)
+
+
+def conditioner_problems(config: ConditionerConfig) -> Iterator[str]:
+    """One line for each, with the path of the option and what to do."""
+    if config.kind is ConditionerKind.class_label and config.num_classes < 1:
+        yield f"conditioner.num_classes={config.num_classes}: set it to the data set's classes"
+    if config.kind is ConditionerKind.transformers:
+        if config.features is TextFeatures.penultimate:
+            yield "conditioner.features=penultimate is of conditioner.kind=text; use last or pooled"
+        if config.context_length < 1:
+            yield f"conditioner.context_length={config.context_length} must be positive"
 
 
 def diffusion_problems(config: DiffusionConfig) -> Iterator[str]:

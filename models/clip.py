@@ -1,20 +1,17 @@
 """Loading of CLIP networks (Radford et al. 2021) by open_clip, by name or from files."""
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import open_clip
 from torch import Tensor
 
+from models import hub
 from models.config import ConditionerConfig
 from models.weights import load_weights
 
-NETWORK_TIMEOUT_S = 5.0
 LOCAL_FILE_HINT = "or set conditioner.pretrained to the path of a safetensors file"
 FOREIGN_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name"}
 
@@ -32,6 +29,8 @@ class Clip(NamedTuple):
     image_std: tuple[float, ...]
     text_architecture: dict[str, Any]
     """Options of the text tower, JSON values."""
+    embed_dim: int
+    """Width of an embedding of an image or a text."""
 
     @property
     def image_size(self) -> int:
@@ -78,6 +77,7 @@ def load_clip(config: ConditionerConfig) -> Clip:
         image_mean=tuple(tag.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         image_std=tuple(tag.get("std") or open_clip.OPENAI_DATASET_STD),
         text_architecture={**text, "quick_gelu": architecture.get("quick_gelu", False)},
+        embed_dim=architecture["embed_dim"],
     )
 
 
@@ -150,26 +150,10 @@ def _download(model: str, pretrained: str, hub_path: str) -> Path:
             f"this tag: choose another, {LOCAL_FILE_HINT}"
         )
     file = str(PurePosixPath(filename or "open_clip_model.bin").with_suffix(".safetensors"))
-    cached = huggingface_hub.try_to_load_from_cache(repo, file)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
-        _require_network()
-        return Path(huggingface_hub.hf_hub_download(repo, file))
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return hub.fetch_file(repo, file)
+    except OSError as error:
         raise ValueError(
             f"conditioner.pretrained = {pretrained}: cannot download the weights of {model} "
-            f"({reason}): download {repo}/{file} on a machine with a network, {LOCAL_FILE_HINT}"
+            f"({error}): download {repo}/{file} on a machine with a network, {LOCAL_FILE_HINT}"
         ) from error
-
-
-def _require_network() -> None:
-    """Fail in seconds: the hub's own client retries for a minute."""
-    request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT_S).close()
-    except urllib.error.HTTPError as error:
-        # A mirror may answer its root with "not found", and still have the file.
-        if error.code >= 500:
-            raise

@@ -16,7 +16,16 @@ class ConditionerKind(StrEnum):
 
     none = "none"
     text = "text"
+    transformers = "transformers"
     class_label = "class_label"
+
+
+class TextFeatures(StrEnum):
+    """What a text encoder gives the U-Net."""
+
+    last = "last"
+    penultimate = "penultimate"
+    pooled = "pooled"
 
 
 class NoiseSchedule(StrEnum):
@@ -116,12 +125,17 @@ class ConditionerConfig:
     """What the U-Net attends to, and how often it is dropped for classifier-free guidance."""
 
     kind: ConditionerKind = ConditionerKind.text
+    """text: a CLIP by open_clip; transformers: any text encoder of that library."""
     model: str = ""
-    """An open_clip architecture, such as ViT-H-14, or the path of a model config in JSON."""
+    """text: an open_clip architecture, such as ViT-H-14, or the path of a model config in JSON."""
     pretrained: str = ""
-    """An open_clip tag, such as laion2b_s32b_b79k, or the path of a weights file."""
-    penultimate: bool = False
-    """Take the hidden states before the last block (as Stable Diffusion 2), not after it."""
+    """text: an open_clip tag, such as laion2b_s32b_b79k, or the path of a weights file.
+    transformers: a name on the Hugging Face hub, or the path of a folder."""
+    features: TextFeatures = TextFeatures.last
+    """last: tokens after the last block; penultimate: before it (text, as Stable Diffusion 2);
+    pooled: one token, CLIP's embedding of the text, or the mean of the tokens (transformers)."""
+    context_length: int = 77
+    """transformers: tokens of a caption; longer ones are cut, shorter ones padded and masked."""
     num_classes: int = 0
     """Classes of a class_label conditioner; the null class is one more."""
     width: int = 1024

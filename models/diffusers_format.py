@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from models.conditioners import Text
+from models.conditioners import ClipText
 from models.config import (
     AutoencoderConfig,
     AutoencoderKind,
@@ -20,6 +20,7 @@ from models.config import (
     NoiseSchedule,
     SamplerConfig,
     SamplerName,
+    TextFeatures,
     UNetConfig,
 )
 
@@ -180,11 +181,13 @@ def scheduler_config(diffusion: DiffusionConfig, sampler: SamplerConfig) -> dict
     }
 
 
-def text_encoder_config(text: Text) -> dict[str, Any]:
+def text_encoder_config(text: ClipText) -> dict[str, Any]:
     """config.json of CLIPTextModel.
 
     Raises ValueError for a text tower that transformers' CLIP does not have.
     """
+    if text.features is TextFeatures.pooled:
+        raise ValueError("conditioner.features=pooled: diffusers' pipeline attends to all tokens")
     options, tokenizer = text.architecture, cast("Any", text.tokenizer)
     if unknown := sorted(options.keys() - TEXT_OPTIONS):
         raise ValueError(
@@ -197,7 +200,7 @@ def text_encoder_config(text: Text) -> dict[str, Any]:
         "hidden_size": options["width"],
         "intermediate_size": 4 * options["width"],
         "num_attention_heads": options["heads"],
-        "num_hidden_layers": options["layers"] - text.penultimate,
+        "num_hidden_layers": options["layers"] - (text.features is TextFeatures.penultimate),
         "max_position_embeddings": options["context_length"],
         "hidden_act": "quick_gelu" if options["quick_gelu"] else "gelu",
         "layer_norm_eps": 1e-5,
@@ -207,10 +210,11 @@ def text_encoder_config(text: Text) -> dict[str, Any]:
     }
 
 
-def text_encoder_weights(text: Text) -> dict[str, Tensor]:
+def text_encoder_weights(text: ClipText) -> dict[str, Tensor]:
     """Tensors of CLIPTextModel; without the last block where the conditioner skips it."""
     tower = getattr(text.clip, "text", text.clip)
-    skipped = f"encoder.layers.{text.architecture['layers'] - 1}." if text.penultimate else None
+    without_last = text.features is TextFeatures.penultimate
+    skipped = f"encoder.layers.{text.architecture['layers'] - 1}." if without_last else None
     found: dict[str, Tensor] = {}
     for name, tensor in tower.state_dict().items():
         if name in ("logit_scale", "logit_bias", "text_projection"):
@@ -228,7 +232,7 @@ def text_encoder_weights(text: Text) -> dict[str, Tensor]:
     return found
 
 
-def tokenizer_files(text: Text) -> dict[str, str]:
+def tokenizer_files(text: ClipText) -> dict[str, str]:
     """Text of each file of CLIPTokenizer, by its name."""
     special = {"<start_of_text>": START, "<end_of_text>": END}
     tokenizer: Any = text.tokenizer

@@ -5,21 +5,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.attention import Context
 from models.config import SamplerConfig
 from models.samplers import Predict
 from models.schedules import Level
 
-Denoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(latents [B, C, h, w], timesteps [B], context [B, M, D] or None) → model output."""
+Denoiser = Callable[[Tensor, Tensor, Context | None], Tensor]
+"""(latents [B, C, h, w], timesteps [B], context of B or None) → model output."""
 
 
 def guided(
-    unet: Denoiser, context: Tensor | None, null_context: Tensor | None, config: SamplerConfig
+    unet: Denoiser, context: Context | None, null_context: Context | None, config: SamplerConfig
 ) -> Predict:
     """null + w (conditional − null) with w = guidance_scale, in one batch of 2B.
 
-    Ho and Salimans 2022, equation 6, where w is 1 + its w. context, null_context: [B, M, D]; the
-    null pass is skipped at a scale of 1, without a context, and outside of guidance_interval
+    Ho and Salimans 2022, equation 6, where w is 1 + its w. context, null_context: of B; the null
+    pass is skipped at a scale of 1, without a context, and outside of guidance_interval
     (Kynkäänniemi et al. 2024, equation 5).
     """
 
@@ -28,7 +29,7 @@ def guided(
 
     if context is None or null_context is None or config.guidance_scale == 1.0:
         return conditional
-    both = torch.cat([null_context, context])
+    both = _together(null_context, context)
     low, high = config.guidance_interval
 
     def predict(latents: Tensor, level: Level) -> Tensor:
@@ -40,6 +41,12 @@ def guided(
         return _rescaled(output, positive, config.guidance_rescale)
 
     return predict
+
+
+def _together(first: Context, second: Context) -> Context:
+    masks = [context.mask for context in (first, second) if context.mask is not None]
+    tokens = torch.cat([first.tokens, second.tokens])
+    return Context(tokens, torch.cat(masks) if masks else None)
 
 
 def _rescaled(output: Tensor, positive: Tensor, share: float) -> Tensor:

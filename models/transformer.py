@@ -5,6 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from models.activations import GEGLULinear
+from models.attention import Context
 from models.blocks import Attention, to_grid, to_rows
 from models.linear import Linear, PointwiseConv
 
@@ -27,7 +28,7 @@ class FeedForward(nn.Sequential):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a feed-forward layer, each residual, normalised before.
 
-    forward: rows [B·N, width], context [B·M, context_dim], B → [B·N, width].
+    forward: rows [B·N, width], context of rows [B·M, context_dim], B → [B·N, width].
     """
 
     def __init__(self, width: int, heads: int, context_dim: int) -> None:
@@ -39,10 +40,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, rows: Tensor, context: Tensor, batch: int) -> Tensor:
+    def forward(self, rows: Tensor, context: Context, batch: int) -> Tensor:
         """See the class."""
         normed = self.norm1(rows)
-        rows = rows + self.attn1.attend(normed, normed, batch)
+        rows = rows + self.attn1.attend(normed, Context(normed), batch)
         rows = rows + self.attn2.attend(self.norm2(rows), context, batch)
         return rows + self.ff(self.norm3(rows))
 
@@ -73,8 +74,8 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = projection(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: [B, C, h, w]; context: [B·M, context_dim] → [B, C, h, w]."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: [B, C, h, w]; context: rows [B·M, context_dim] → [B, C, h, w]."""
         rows = self.proj_in(to_rows(self.norm(x)))
         for block in self.transformer_blocks:
             rows = block(rows, context, len(x))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.activations import GroupNormSiLU
-from models.attention import AttentionShape
+from models.attention import AttentionShape, Context
 from models.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
 from models.config import UNetConfig
 from models.linear import Linear
@@ -71,30 +71,36 @@ class UNet2DCondition(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         self._start_as_identity()
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Model output for each sample of the batch.
 
         latents: [B, in_channels, h, w]; timesteps: [B]; context: [B, M, context_dim], None if that
-        is 0, M = 1 if it is added to the time embedding.
+        is 0, M = 1 if it is added to the time embedding; mask: [B, M] bool, false for padding in
+        the context, None where there is none.
         Returns [B, out_channels, h, w]. Raises ValueError when h or w cannot be halved between the
         levels, or when a context is missing or has no use.
         """
         self._check_inputs(latents, context)
         time = self.time_embedding(timesteps)
-        if context is not None:
-            context = context.flatten(0, 1)
-        if self.config.add_context:
-            time = time + context
+        attended = None if context is None else Context(context.flatten(0, 1), mask)
+        if self.config.add_context and attended is not None:
+            time = time + attended.tokens
         time = F.silu(time)
         run = _recomputed if self.config.gradient_checkpointing and self.training else _stored
         skips = [self.conv_in(latents)]
         for down_block in self.down_blocks:
             # not filled in place: a wrapped module, as of ZeRO stage 3, gets copies of lists
-            skips += down_block(skips[-1], time, context, run)
-        x = run(self.mid_block, skips[-1], time, context)
+            skips += down_block(skips[-1], time, attended, run)
+        x = run(self.mid_block, skips[-1], time, attended)
         for up_block in self.up_blocks:
             own = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
-            x = up_block(x, time, context, own, run)
+            x = up_block(x, time, attended, own, run)
         return self.conv_out(self.conv_norm_out(x))
 
     def _check_inputs(self, latents: Tensor, context: Tensor | None) -> None:
@@ -115,7 +121,8 @@ class UNet2DCondition(nn.Module):
         if self.config.add_context and context is not None and context.shape[1] != 1:
             raise ValueError(
                 f"unet.add_context adds one token to the time embedding, but the conditioner gives "
-                f"{context.shape[1]}: choose conditioner.kind=class_label, or false"
+                f"{context.shape[1]}: choose conditioner.kind=class_label, "
+                f"conditioner.features=pooled, or false"
             )
 
     def _start_as_identity(self) -> None:
@@ -156,11 +163,11 @@ class TimeEmbedding(nn.Module):
 Run = Callable[..., Tensor]
 
 
-def _stored(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+def _stored(layer: nn.Module, *inputs: Tensor | Context | None) -> Tensor:
     return layer(*inputs)
 
 
-def _recomputed(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+def _recomputed(layer: nn.Module, *inputs: Tensor | Context | None) -> Tensor:
     # There is no dropout, so there is no random state to replay.
     return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -174,7 +181,7 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList()
         self.downsamplers = nn.ModuleList()
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, run: Run) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Tensor, context: Context | None, run: Run) -> list[Tensor]:
         """x: [B, C, h, w] → every layer's output, the last one [B, C', h/2, w/2]."""
         outputs: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
@@ -196,7 +203,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList()
 
     def forward(
-        self, x: Tensor, time: Tensor, context: Tensor | None, skips: list[Tensor], run: Run
+        self, x: Tensor, time: Tensor, context: Context | None, skips: list[Tensor], run: Run
     ) -> Tensor:
         """x: [B, C, h, w] → [B, C', 2h, 2w]; every ResBlock takes one of `skips`."""
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
@@ -209,16 +216,20 @@ class UpBlock(nn.Module):
 
 
 def attention_shapes(
-    config: UNetConfig, batch: int, latent_side: int, context_tokens: int
+    config: UNetConfig, batch: int, latent_side: int, context_tokens: int, *, masked: bool = False
 ) -> list[AttentionShape]:
-    """Every attention that the U-Net computes, for `choose_attention`."""
+    """Every attention that the U-Net computes, for `choose_attention`.
+
+    masked: whether the context comes with a mask.
+    """
     shapes = set()
     for level in _attending(config):
         heads = config.heads[level]
         pixels = (latent_side // 2**level) ** 2
-        keys = {pixels, context_tokens} if _attends_context(config) else {pixels}
         head_dim = config.block_out_channels[level] // heads
-        shapes |= {AttentionShape(batch, pixels, count, heads, head_dim) for count in keys}
+        shapes.add(AttentionShape(batch, pixels, pixels, heads, head_dim))
+        if _attends_context(config):
+            shapes.add(AttentionShape(batch, pixels, context_tokens, heads, head_dim, masked))
     return sorted(shapes)
 
 

@@ -11,10 +11,12 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from models.checks import diffusion_problems, sampler_problems
+from models.checks import conditioner_problems, diffusion_problems, sampler_problems
 from models.config import ConditionerKind
 from trainer.averages import WIDEST
 from trainer.config import Config, Features, Precision, Task
+
+TEXT_KINDS = (ConditionerKind.text, ConditionerKind.transformers)
 
 
 def to_config(tree: DictConfig) -> Config:
@@ -206,12 +208,11 @@ def _diffusion(config: Config) -> Iterator[str]:
     width = 0 if kind is ConditionerKind.none else config.conditioner.width
     if unet.context_dim != width:
         yield f"unet.context_dim={unet.context_dim} but the conditioner's tokens are {width} wide"
-    if kind is ConditionerKind.class_label and config.conditioner.num_classes < 1:
-        yield "conditioner.num_classes must be positive for conditioner.kind=class_label"
+    yield from conditioner_problems(config.conditioner)
     if kind is not ConditionerKind.text and config.eval.clip_score:
         yield "eval.clip_score needs conditioner.kind=text"
-    if kind is not ConditionerKind.text and config.data.store_text:
-        yield "data.store_text needs conditioner.kind=text"
+    if config.data.store_text and kind not in TEXT_KINDS:
+        yield "data.store_text needs conditioner.kind=text or transformers"
     yield from diffusion_problems(config.diffusion)
     yield from sampler_problems(config.sampler, config.diffusion)
     if not 0 < config.sample.strength <= 1:

@@ -65,7 +65,7 @@ class Encoder:
         first_stage = load_autoencoder(config.autoencoder)
         text = build_conditioner(config.conditioner) if config.data.store_text else None
         if text is not None and not isinstance(text, Text):
-            raise ValueError("data.store_text needs conditioner.kind=text")
+            raise ValueError("data.store_text needs conditioner.kind=text or transformers")
         self.identity: dict[str, Any] = {
             "encoder": autoencoder.fingerprint(first_stage),
             "transform": transforms.describe(config.data.image_size),
@@ -91,7 +91,7 @@ class Encoder:
         if self._flip:
             arrays["flip.moments.npy"] = self._first_stage.encode(images.flip(3))
         if self._text is not None:
-            arrays["text.npy"] = self._text(captions)
+            arrays["text.npy"] = self._text(captions).tokens
         end = Moment(self._device)
         arrays = {name: value.half().to("cpu", non_blocking=True) for name, value in arrays.items()}
         return Encoded(arrays, (begin, end), Moment(self._device))

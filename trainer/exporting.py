@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.manifest import Manifest, ManifestError
 from models.autoencoder import load_autoencoder
-from models.conditioners import Text, build_conditioner
+from models.conditioners import ClipText, build_conditioner
 from models.diffusers_format import (
     DIFFUSION_WEIGHTS,
     PIPELINE,
@@ -75,7 +75,7 @@ def export(config: Config) -> None:
     }
     checkpoint = chosen_checkpoint(config)
     text = build_conditioner(config.conditioner)
-    if not isinstance(text, Text):
+    if not isinstance(text, ClipText):
         raise ValueError(
             f"conditioner.kind={config.conditioner.kind}: only models of conditioner.kind=text can "
             f"be exported; diffusers has no pipeline for others"

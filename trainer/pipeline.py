@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.attention import Context
 from models.autoencoder import Autoencoder, load_autoencoder
 from models.conditioners import Captions, Conditioner, build_conditioner
 from models.convert import load_unet
@@ -50,20 +51,22 @@ class LatentDiffusion(nn.Module):
         self.conditioner = conditioner
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, condition: Tensor | Captions | None
+        self, latents: Tensor, timesteps: Tensor, condition: Context | Captions | None
     ) -> Tensor:
         """Predict with the U-Net in its own precision.
 
-        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: the context [B, T, D],
-        or the captions that the trained conditioner embeds.
+        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: the context, or the
+        captions that the trained conditioner embeds.
         Returns [B, C, h, w] in the latents' dtype.
         """
-        if self.conditioner is not None and not isinstance(condition, Tensor):
+        if self.conditioner is not None and not isinstance(condition, Context):
             condition = self.conditioner(condition)
-        assert condition is None or isinstance(condition, Tensor)
         dtype = self.unet.conv_in.weight.dtype
-        context = None if condition is None else condition.to(dtype)
-        return self.unet(latents.to(dtype), timesteps, context).to(latents.dtype)
+        tokens, mask = None, None
+        if condition is not None:
+            assert isinstance(condition, Context)
+            tokens, mask = condition.tokens.to(dtype), condition.mask
+        return self.unet(latents.to(dtype), timesteps, tokens, mask).to(latents.dtype)
 
 
 def load_trained(

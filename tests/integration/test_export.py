@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.autoencoder import AutoencoderKL, load_autoencoder
-from models.conditioners import Text, build_conditioner
+from models.conditioners import ClipText, build_conditioner
 from tests.conftest import Workshop
 from tests.unit.models.oracles import diffusers
 from trainer import rng
@@ -49,7 +49,7 @@ def pipeline(config: Config) -> Any:
 
 def test_tokens_and_hidden_states_are_ours(config: Config, pipeline: Any):
     ours = build_conditioner(config.conditioner)
-    assert isinstance(ours, Text)
+    assert isinstance(ours, ClipText)
     ids = pipeline.tokenizer(
         PROMPTS,
         padding="max_length",
@@ -60,7 +60,7 @@ def test_tokens_and_hidden_states_are_ours(config: Config, pipeline: Any):
     assert torch.equal(ids, ours.tokenizer(PROMPTS))
     with torch.no_grad():
         states = pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(states, ours(PROMPTS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, ours(PROMPTS).tokens, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(config: Config, pipeline: Any):
@@ -129,6 +129,7 @@ def test_a_second_export_replaces_the_first_and_nothing_else(config: Config, tmp
         (["diffusion=flow", "diffusion.zero_terminal_snr=false"], "diffusion.schedule=flow"),
         (["sampler=heun"], "sampler.name=heun"),
         (["autoencoder.kind=vq"], "autoencoder.kind=vq"),
+        (["conditioner.features=pooled"], "conditioner.features=pooled"),
     ],
 )
 def test_what_diffusers_has_no_pipeline_for_is_named(

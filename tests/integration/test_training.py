@@ -155,7 +155,7 @@ def test_a_tiny_version_of_every_experiment_trains_two_steps(
     if experiment.startswith("laion"):
         options += [
             "conditioner=emoji_clip",
-            "conditioner.penultimate=true",
+            "conditioner.features=penultimate",
             "unet.context_dim=128",
         ]
     if experiment == "imagenet_256":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.stream import Batch
 from models import autoencoder, conditioners
-from models.attention import choose_attention
+from models.attention import Context, choose_attention
 from models.autoencoder import load_autoencoder, sample_posterior
 from models.conditioners import Text, build_conditioner
 from models.convert import load_unet
@@ -41,6 +41,7 @@ class DiffusionTask:
         self._autoencoder = load_autoencoder(config.autoencoder)
         torch.manual_seed(config.run.seed)
         self._conditioner = build_conditioner(config.conditioner).to(ranks.device)
+        self._null_context = self._conditioner([None])
         self._scale = self._check_latents()
         trained = self._conditioner if self._conditioner.trainable else None
         unet = UNet2DCondition(config.unet)
@@ -61,9 +62,13 @@ class DiffusionTask:
         unet, train = self._config.unet, self._config.train
         dtype = torch.bfloat16 if train.precision is Precision.bf16 else torch.float32
         side = self._config.data.image_size // self._config.autoencoder.downsample_factor
-        context = self._conditioner([None])
+        null = self._null_context
         shapes = attention_shapes(
-            unet, train.micro_batch_size, side, 0 if context is None else context.shape[1]
+            unet,
+            train.micro_batch_size,
+            side,
+            0 if null is None else null.tokens.shape[1],
+            masked=null is not None and null.mask is not None,
         )
         return choose_attention(unet.attention_backend, self._ranks.device, dtype, shapes)
 
@@ -161,8 +166,8 @@ class DiffusionTask:
             noise = noise + self._config.diffusion.offset_noise * offsets[:, :, None, None]
         return noise
 
-    def _condition(self, batch: Batch) -> Tensor | list[str | None] | None:
-        """Context [b, T, D] of the captions, or of nothing where the condition is dropped."""
+    def _condition(self, batch: Batch) -> Context | list[str | None] | None:
+        """Context of the captions, or of nothing where the condition is dropped."""
         draws = rng.uniform(
             self._config.run.seed, Purpose.condition_dropout, batch.epoch, batch.index
         )
@@ -174,9 +179,19 @@ class DiffusionTask:
             return captions
         if "text" not in batch.arrays:
             return self._conditioner(captions)
-        context = batch.arrays["text"].to(self._ranks.device, non_blocking=True).float()
-        gone = torch.from_numpy(dropped).to(self._ranks.device)[:, None, None]
-        return torch.where(gone, self._conditioner([None]), context)
+        return self._stored_condition(batch.arrays["text"], torch.from_numpy(dropped))
+
+    def _stored_condition(self, text: Tensor, dropped: Tensor) -> Context:
+        """text: [b, T, D] as stored; dropped: [b] bool."""
+        null = self._null_context
+        assert isinstance(self._conditioner, Text)
+        assert null is not None
+        tokens = text.to(self._ranks.device, non_blocking=True).float()
+        found, gone = self._conditioner.restore(tokens), dropped.to(self._ranks.device)[:, None]
+        mask = None
+        if found.mask is not None and null.mask is not None:
+            mask = torch.where(gone, null.mask, found.mask)
+        return Context(torch.where(gone[:, :, None], null.tokens, found.tokens), mask)
 
     def _normal(self, purpose: Purpose, batch: Batch, shape: torch.Size) -> Tensor:
         draws = rng.normal(self._config.run.seed, purpose, batch.epoch, batch.index, shape)

@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xformers.ops.fmha.common import Inputs
+from xformers.ops.fmha.cutlass import BwOp, FwOp
 
 from models import attention as module
 from models.attention import (
@@ -15,22 +17,36 @@ from models.attention import (
     sdpa_attention,
     why_not_xformers,
     xformers_attention,
+    xformers_bias,
 )
 from models.config import AttentionBackend
 
 CPU = torch.device("cpu")
 
 
-SHAPES = [AttentionShape(2, 16, 5, 2, 8), AttentionShape(2, 16, 16, 2, 8)]
+SHAPES = [AttentionShape(2, 16, 5, 2, 8, masked=True), AttentionShape(2, 16, 16, 2, 8)]
 
 
-def assert_same(backend: Backend, inputs: list[torch.Tensor], rtol: float, atol: float) -> None:
+def random_mask(batch: int, keys: int) -> torch.Tensor:
+    """True for one key at least of each sample."""
+    mask = torch.rand(batch, keys) < 0.5
+    mask[torch.arange(batch), torch.randint(keys, (batch,))] = True
+    return mask
+
+
+def assert_same(
+    backend: Backend,
+    inputs: list[torch.Tensor],
+    rtol: float,
+    atol: float,
+    mask: torch.Tensor | None = None,
+) -> None:
     """Outputs and gradients are those of the equation."""
     probe = torch.randn_like(inputs[0])
     results = []
     for compute in (backend, reference_attention):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        output = compute(*leaves)
+        q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
+        output = compute(q, k, v, mask)
         assert output.shape == probe.shape
         results.append((output, *torch.autograd.grad((output * probe).sum(), leaves)))
     for ours, expected in zip(*results, strict=True):
@@ -45,13 +61,46 @@ def assert_same(backend: Backend, inputs: list[torch.Tensor], rtol: float, atol:
     st.integers(1, 40),
     st.integers(1, 4),
     st.sampled_from([1, 4, 8, 20, 40]),
+    st.booleans(),
 )
 def test_sdpa_agrees_with_the_equation_forward_and_backward(
-    backend, batch, queries, keys, heads, width
+    backend, batch, queries, keys, heads, width, masked
 ):
     torch.manual_seed(0)
     shapes = [(batch, count, heads, width) for count in (queries, keys, keys)]
-    assert_same(backend, [torch.randn(shape) for shape in shapes], rtol=1e-4, atol=2e-5)
+    inputs = [torch.randn(shape) for shape in shapes]
+    mask = random_mask(batch, keys) if masked else None
+    assert_same(backend, inputs, rtol=1e-4, atol=2e-5, mask=mask)
+
+
+def test_masked_keys_have_no_part_in_the_equation():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, count, 3, 4) for count in (6, 5, 5))
+    mask = torch.tensor([[True, True, False, True, False], [False, False, True, True, True]])
+    found = reference_attention(q, k, v, mask)
+    for sample, seen in enumerate(mask):
+        one = slice(sample, sample + 1)
+        expected = reference_attention(q[one], k[one][:, seen], v[one][:, seen])
+        torch.testing.assert_close(found[one], expected)
+
+
+@pytest.mark.parametrize("keys", [1, 5, 8, 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_xformers_takes_our_bias_which_says_what_the_mask_says(keys, dtype):
+    """Its kernels state what keeps them from a computation; the device does here."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, count, 3, 16, dtype=dtype) for count in (6, keys, keys))
+    mask = random_mask(2, keys)
+    bias = xformers_bias(q, mask)
+    for kernel in (FwOp, BwOp):
+        reasons = kernel.not_supported_reasons(Inputs(query=q, key=k, value=v, attn_bias=bias))
+        assert [reason for reason in reasons if "bias" in reason] == []
+    q, k, v = (x.float() for x in (q, k, v))
+    found = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias.float()
+    )
+    expected = reference_attention(q, k, v, mask)
+    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_equation_is_an_average_of_the_values():
@@ -104,20 +153,21 @@ def try_on_another_device(monkeypatch, backend: Backend) -> str | None:
 def test_xformers_is_tried_with_every_shape_and_the_dtype_of_the_run(monkeypatch):
     tried = []
 
-    def works(q, k, v):
-        tried.append((q.dtype, AttentionShape._make((*q.shape[:2], k.shape[1], *q.shape[2:]))))
-        return sdpa_attention(q, k, v)
+    def works(q, k, v, mask):
+        sizes = (*q.shape[:2], k.shape[1], *q.shape[2:], mask is not None)
+        tried.append((q.dtype, AttentionShape._make(sizes)))
+        return sdpa_attention(q, k, v, mask)
 
     assert try_on_another_device(monkeypatch, works) is None
     assert tried == [(torch.bfloat16, shape) for shape in SHAPES]
 
 
 def test_a_failing_forward_is_one_line_of_reason(monkeypatch):
-    def fails(q, k, v):
+    def fails(q, k, v, mask):
         raise NotImplementedError("no operator found\nfor these inputs")
 
     assert try_on_another_device(monkeypatch, fails) == (
-        "xformers fails at batch=2 queries=16 keys=5 heads=2 head_dim=8: "
+        "xformers fails at batch=2 queries=16 keys=5 heads=2 head_dim=8 masked=True: "
         "NotImplementedError: no operator found"
     )
 
@@ -132,7 +182,7 @@ def test_a_failing_backward_is_found_too(monkeypatch):
         def backward(ctx, *grads):
             raise RuntimeError("no backward kernel")
 
-    reason = try_on_another_device(monkeypatch, lambda q, k, v: OnlyForward.apply(q, k, v))
+    reason = try_on_another_device(monkeypatch, lambda q, k, v, mask: OnlyForward.apply(q, k, v))
     assert reason is not None
     assert reason.endswith("RuntimeError: no backward kernel")
 
@@ -141,9 +191,9 @@ def test_narrow_heads_are_padded_on_the_cpu_and_others_left(monkeypatch):
     widths = []
     real = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, mask, **options):
         widths.append(q.shape[-1])
-        return real(q, k, v, **options)
+        return real(q, k, v, mask, **options)
 
     monkeypatch.setattr(module.F, "scaled_dot_product_attention", spy)
     for width in (4, CPU_HEAD_DIM, 40):
@@ -154,15 +204,17 @@ def test_narrow_heads_are_padded_on_the_cpu_and_others_left(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [sdpa_attention, xformers_attention])
 @pytest.mark.parametrize("head_dim", [32, 64])
-def test_gpu_kernels_agree_with_the_equation(backend, head_dim):
+@pytest.mark.parametrize("masked", [False, True])
+def test_gpu_kernels_agree_with_the_equation(backend, head_dim, masked):
     device = torch.device("cuda")
-    shape = AttentionShape(2, 256, 77, 4, head_dim)
+    shape = AttentionShape(2, 256, 77, 4, head_dim, masked)
     if backend is xformers_attention:
         assert why_not_xformers(device, torch.bfloat16, [shape]) is None
     torch.manual_seed(0)
     sizes = [(2, tokens, 4, head_dim) for tokens in (256, 77, 77)]
     inputs = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
-    assert_same(backend, inputs, rtol=0.05, atol=0.05)
+    mask = random_mask(2, 77).to(device) if masked else None
+    assert_same(backend, inputs, rtol=0.05, atol=0.05, mask=mask)
 
 
 @pytest.mark.gpu
@@ -178,6 +230,6 @@ def test_on_a_gpu_the_choice_trains(monkeypatch):
 
 @pytest.mark.parametrize("backend", [sdpa_attention, reference_attention])
 def test_attention_runs_the_chosen_backend(monkeypatch, backend):
-    monkeypatch.setattr(module, "_backend", lambda q, k, v: backend(q, k, v) + 1.0)
+    monkeypatch.setattr(module, "_backend", lambda q, k, v, mask: backend(q, k, v, mask) + 1.0)
     q = torch.randn(1, 4, 2, 8)
     torch.testing.assert_close(attention(q, q, q), reference_attention(q, q, q) + 1.0)

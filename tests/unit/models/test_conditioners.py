@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from models.clip import load_clip
 from models.conditioners import Text, build_conditioner, fingerprint
-from models.config import ConditionerConfig, ConditionerKind
+from models.config import ConditionerConfig, ConditionerKind, TextFeatures
 from tests.unit.models.hostile import write_bomb
 
 CAPTIONS = ["a red heart", "", "flag of France", "cat " * 100]
@@ -51,7 +51,7 @@ def tiny(tmp_path_factory) -> tuple[ConditionerConfig, open_clip.CLIP]:
 
 
 def other(config: ConditionerConfig, **options) -> ConditionerConfig:
-    fields = ("kind", "model", "pretrained", "penultimate", "num_classes", "width")
+    fields = ("kind", "model", "pretrained", "features", "num_classes", "width")
     return ConditionerConfig(**({name: getattr(config, name) for name in fields} | options))
 
 
@@ -67,21 +67,37 @@ def pooled(tokens: torch.Tensor, ids: torch.Tensor, clip: open_clip.CLIP) -> tor
     return tokens[torch.arange(len(ids)), ids.argmax(dim=-1)] @ clip.text_projection
 
 
-@pytest.mark.parametrize("penultimate", [False, True])
-def test_text_tokens_are_open_clips_hidden_states(tiny, penultimate):
+def tokens_of(config: ConditionerConfig, captions: list[str]) -> torch.Tensor:
+    """The context of a conditioner that pads nothing."""
+    context = build_conditioner(config)(captions)
+    assert context is not None
+    assert context.mask is None
+    return context.tokens
+
+
+@pytest.mark.parametrize("features", [TextFeatures.last, TextFeatures.penultimate])
+def test_text_tokens_are_open_clips_hidden_states(tiny, features):
     config, clip = tiny
-    conditioner = build_conditioner(other(config, penultimate=penultimate))
-    tokens = conditioner(CAPTIONS)
+    tokens = tokens_of(other(config, features=features), CAPTIONS)
     assert tokens.shape == (4, 12, 32)
     assert tokens.dtype == torch.float32
     ids = open_clip.SimpleTokenizer(context_length=12)(CAPTIONS)
     expected = open_clip.CLIP(**ARCHITECTURE).eval()
     expected.load_state_dict(clip.state_dict())
-    if penultimate:
+    if features is TextFeatures.penultimate:
         del expected.transformer.resblocks[-1]
     torch.testing.assert_close(
         pooled(tokens, ids, expected), expected.encode_text(ids), rtol=1e-4, atol=1e-5
     )
+
+
+def test_pooled_features_are_open_clips_embeddings(tiny):
+    config, clip = tiny
+    pooled_config = other(config, features=TextFeatures.pooled, width=ARCHITECTURE["embed_dim"])
+    tokens = tokens_of(pooled_config, CAPTIONS)
+    assert tokens.shape == (4, 1, 16)
+    expected = clip.encode_text(open_clip.SimpleTokenizer(context_length=12)(CAPTIONS))
+    torch.testing.assert_close(tokens[:, 0], expected)
 
 
 def test_the_text_conditioner_is_frozen_and_stays_in_evaluation_mode(tiny):
@@ -94,17 +110,16 @@ def test_the_text_conditioner_is_frozen_and_stays_in_evaluation_mode(tiny):
 
 
 def test_no_condition_is_the_empty_caption(tiny):
-    conditioner = build_conditioner(tiny[0])
-    null, empty, heart = conditioner([None, "", "a red heart"])
+    null, empty, heart = build_conditioner(tiny[0])([None, "", "a red heart"]).tokens
     assert torch.equal(null, empty)
     assert not torch.allclose(null, heart)
 
 
 def test_half_precision_weights_load_as_fp32(tiny):
     config, _ = tiny
-    exact = build_conditioner(config)(CAPTIONS)
+    exact = tokens_of(config, CAPTIONS)
     path = str(Path(config.pretrained).with_name("half.safetensors"))
-    halved = build_conditioner(other(config, pretrained=path))(CAPTIONS)
+    halved = tokens_of(other(config, pretrained=path), CAPTIONS)
     assert halved.dtype == torch.float32
     assert not torch.equal(halved, exact)
     torch.testing.assert_close(halved, exact, rtol=0.05, atol=0.05)
@@ -126,7 +141,7 @@ def test_the_fingerprint_names_the_text_tower_and_not_its_file(tiny, tmp_path):
     others = [
         other(config, pretrained=str(tmp_path / "nudged.safetensors")),
         other(config, model=str(tmp_path / "heads.json")),
-        other(config, penultimate=True),
+        other(config, features=TextFeatures.penultimate),
     ]
     assert len({original, *map(named, others)}) == 4
 
@@ -150,7 +165,7 @@ def test_built_in_architectures_load_from_local_weights(tmp_path):
     config = ConditionerConfig(
         model=name, pretrained=str(tmp_path / "weights.safetensors"), width=256
     )
-    assert build_conditioner(config)(["a cat"]).shape == (1, 77, 256)
+    assert tokens_of(config, ["a cat"]).shape == (1, 77, 256)
 
 
 def test_a_pickle_in_disguise_is_refused_and_not_run(tiny, tmp_path):
@@ -176,7 +191,7 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tiny, tmp_path):
             "= openai is no tag of ViT-H-14 .*laion2b_s32b_b79k",
         ),
         ({"model": "ViT-S-32-alt"}, "conditioner.pretrained: .* holds another network than"),
-        ({"width": 64}, "conditioner.width = 64, but the text tower of .*tiny.json is 32 wide"),
+        ({"width": 64}, "conditioner.width = 64, but last of .*tiny.json is 32 wide"),
     ],
 )
 def test_wrong_options_are_named(tiny, options, message):
@@ -240,7 +255,7 @@ def test_class_labels_are_rows_of_a_trained_table_and_the_null_class_is_the_last
     conditioner = build_conditioner(classes())
     assert conditioner.trainable
     assert conditioner.context_dim == 8
-    context = conditioner(["0", "9", " 3 ", None])
+    context = conditioner(["0", "9", " 3 ", None]).tokens
     assert context.shape == (4, 1, 8)
     table = dict(conditioner.named_parameters())["embedding.weight"]
     assert table.shape == (11, 8)
@@ -257,7 +272,7 @@ def test_a_caption_that_is_no_class_number_is_named(caption):
 
 
 def test_class_labels_need_a_number_of_classes():
-    with pytest.raises(ValueError, match=r"^conditioner.num_classes = 0"):
+    with pytest.raises(ValueError, match=r"^conditioner.num_classes=0"):
         build_conditioner(classes(0))
 
 

@@ -2,13 +2,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.attention import Context
 from models.config import SamplerConfig
 from models.guidance import guided
 from models.schedules import Level
 from tests.unit.models.oracles import diffusers
 
 NOISE = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
-CONTEXT, NULL = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+CONTEXT, NULL = Context(torch.randn(3, 2, 8)), Context(torch.randn(3, 2, 8))
+MASKED = Context(CONTEXT.tokens, torch.tensor([[True, False], [True, True], [False, True]]))
+MASKED_NULL = Context(NULL.tokens, torch.tensor([[True, False]] * 3))
 LEVEL = Level(timestep=7, signal=0.8, noise=0.6)
 
 
@@ -18,26 +21,30 @@ class Recorder:
     def __init__(self) -> None:
         self.samples = 0
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+    def __call__(self, latents: Tensor, timesteps: Tensor, context: Context | None) -> Tensor:
         assert timesteps.dtype == torch.int64
         assert timesteps.shape == latents.shape[:1]
         self.samples += len(latents)
-        shift = 0.0 if context is None else context.sum(dim=(1, 2))[:, None, None, None]
-        return torch.sin(latents * timesteps[:, None, None, None] + shift)
+        shift = torch.zeros(len(latents))
+        if context is not None:
+            mask = 1.0 if context.mask is None else context.mask[:, :, None]
+            shift = (mask * context.tokens).sum(dim=(1, 2))
+        return torch.sin(latents * timesteps[:, None, None, None] + shift[:, None, None, None])
 
 
-def conditional_and_null() -> tuple[Tensor, Tensor]:
+def conditional_and_null(context: Context = CONTEXT, null: Context = NULL) -> tuple[Tensor, Tensor]:
     timesteps = torch.full((3,), 7)
     unet = Recorder()
-    return unet(NOISE, timesteps, CONTEXT), unet(NOISE, timesteps, NULL)
+    return unet(NOISE, timesteps, context), unet(NOISE, timesteps, null)
 
 
+@pytest.mark.parametrize(("context", "null"), [(CONTEXT, NULL), (MASKED, MASKED_NULL)])
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.5, 7.5])
-def test_guidance_extrapolates_from_null_in_one_batch(scale):
+def test_guidance_extrapolates_from_null_in_one_batch(scale, context, null):
     unet = Recorder()
-    output = guided(unet, CONTEXT, NULL, SamplerConfig(guidance_scale=scale))(NOISE, LEVEL)
+    output = guided(unet, context, null, SamplerConfig(guidance_scale=scale))(NOISE, LEVEL)
     assert unet.samples == 2 * len(NOISE)
-    conditional, null = conditional_and_null()
+    conditional, null = conditional_and_null(context, null)
     torch.testing.assert_close(output, null + scale * (conditional - null), rtol=1e-4, atol=1e-4)
 
 

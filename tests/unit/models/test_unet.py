@@ -111,6 +111,42 @@ def test_conditional_unet_is_diffusers(options):
     )
 
 
+MASK = torch.tensor([[True, True, True, True, False], [True, False, False, False, False]])
+
+
+def test_a_masked_context_is_diffusers():
+    config = small()
+    ours, theirs = UNet2DCondition(config), diffusers_condition(config)
+    load_both_ways(ours, theirs)
+    torch.manual_seed(0)
+    assert_same_outputs_and_gradients(
+        ours,
+        theirs,
+        lambda x, t, c: ours(x, t, c, MASK),
+        lambda x, t, c: theirs(x, t, c, encoder_attention_mask=MASK).sample,
+        torch.randn(2, 4, 8, 16),
+        TIMESTEPS,
+        torch.randn(2, 5, 24),
+    )
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_padding_under_the_mask_changes_nothing(gradient_checkpointing):
+    torch.manual_seed(0)
+    unet = UNet2DCondition(small(gradient_checkpointing=gradient_checkpointing))
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 24)
+    context[~MASK] = 1e4
+    padded = unet(latents, TIMESTEPS, context.requires_grad_(), MASK)
+    for sample, count in enumerate(MASK.sum(1).tolist()):
+        one = slice(sample, sample + 1)
+        cut = unet(latents[one], TIMESTEPS[one], context[one, :count])
+        torch.testing.assert_close(padded[one], cut, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(padded.sum(), context)
+    assert (gradient.abs().amax(-1) > 0).equal(MASK)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -243,17 +279,19 @@ def test_shipped_conditional_unets_have_diffusers_names_and_shapes(name):
 def test_attention_shapes_are_those_that_the_unet_computes(monkeypatch):
     seen = set()
 
-    def spy(q, k, v):
-        seen.add(AttentionShape._make((*q.shape[:2], k.shape[1], *q.shape[2:])))
+    def spy(q, k, v, mask):
+        seen.add(AttentionShape._make((*q.shape[:2], k.shape[1], *q.shape[2:], mask is not None)))
         return q
 
     monkeypatch.setattr("models.blocks.attention", spy)
     for options in ({}, {"context_dim": 0}, {"add_context": True, "context_dim": 64}):
-        seen.clear()
         config = small(attention=[True, False, False], heads=[4, 4, 6], **options)
         context = torch.randn(2, 1, config.context_dim) if config.context_dim else None
-        UNet2DCondition(config)(torch.randn(2, 4, 8, 8), TIMESTEPS, context)
-        assert attention_shapes(config, 2, 8, 1) == sorted(seen)
+        for mask in (None, torch.ones(2, 1, dtype=torch.bool)) if context is not None else (None,):
+            seen.clear()
+            UNet2DCondition(config)(torch.randn(2, 4, 8, 8), TIMESTEPS, context, mask)
+            masked = mask is not None
+            assert attention_shapes(config, 2, 8, 1, masked=masked) == sorted(seen)
 
 
 def test_an_untrained_unet_predicts_zero():

@@ -296,7 +296,7 @@ def test_text_tokens_are_stored_with_the_name_of_their_encoder(job):
     assert isinstance(text, Text)
     tokens = [np.load(io.BytesIO(sample["text.npy"])) for sample in stored(job).values()]
     captions = [sample["txt"].decode() for sample in stored(job).values()]
-    expected = text(captions).numpy()
+    expected = text(captions).tokens.numpy()
     np.testing.assert_allclose(np.stack(tokens), expected, rtol=1e-3, atol=1e-3)
     info = Manifest.load(job / "latents", option="data.latents").latents
     assert info is not None
@@ -307,7 +307,7 @@ def test_text_tokens_are_stored_with_the_name_of_their_encoder(job):
 @pytest.mark.parametrize(
     ("override", "option"),
     [
-        ("conditioner.penultimate=true", "conditioner.pretrained"),
+        ("conditioner.features=penultimate", "conditioner.pretrained"),
         ("autoencoder.weights={other}", "autoencoder.weights"),
     ],
 )

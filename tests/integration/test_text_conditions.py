@@ -1,0 +1,81 @@
+"""Training on captions that an encoder pads: computed or stored, the padding is masked."""
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.attention import Context
+from tests.conftest import Workshop, losses
+from tests.unit.models.test_text_encoder import WORDS, bert, write_tokenizer
+from trainer.distributed import Ranks
+from trainer.latents import precompute
+from trainer.loop import fit
+from trainer.tasks.diffusion import DiffusionTask
+
+COLOURS = {"b": "green", "c": "blue", "d": "circle"}
+
+
+class Listener(nn.Module):
+    """Stands in for the network: keeps what it is conditioned on, answers zero."""
+
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: Context) -> Tensor:
+        self.condition = condition
+        return torch.zeros_like(latents)
+
+
+@pytest.fixture(scope="module")
+def options(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A small random BERT that knows some of the words, and latents that keep its tokens."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    bert().save_pretrained(folder / "encoder")
+    write_tokenizer(folder / "encoder", [COLOURS.get(word, word) for word in WORDS])
+    chosen = [
+        "conditioner.kind=transformers",
+        f"conditioner.pretrained={folder / 'encoder'}",
+        "conditioner.width=32",
+        "conditioner.context_length=8",
+        "unet.context_dim=32",
+        f"data.latents={folder / 'latents'}",
+    ]
+    precompute(workshop.config("emoji", *chosen, "data.store_text=true"))
+    return chosen
+
+
+def first_condition(workshop: Workshop, *options: str) -> Context:
+    config = workshop.config("emoji", *options, "conditioner.cond_drop_prob=0.5")
+    task, listener = DiffusionTask(config, Ranks(0, 1, torch.device("cpu"))), Listener()
+    with closing(task.stream.steps(0)) as batches:
+        task.loss(listener, next(batches)[0])
+    return listener.condition
+
+
+def test_stored_and_computed_conditions_are_the_same(workshop: Workshop, options: list[str]):
+    whole = ["train.global_batch_size=32", "train.micro_batch_size=32"]
+    computed = first_condition(workshop, *options, *whole)
+    stored = first_condition(workshop, *options, *whole, "data.store_text=true")
+    torch.testing.assert_close(stored.tokens, computed.tokens, rtol=2e-3, atol=2e-3)
+    assert computed.mask is not None
+    assert stored.mask is not None
+    assert torch.equal(stored.mask, computed.mask)
+    assert set(computed.mask.sum(1).tolist()) == {2, 5}  # nothing, or three words
+
+
+def test_a_run_does_not_depend_on_the_padding(
+    workshop: Workshop, options: list[str], tmp_path: Path
+):
+    """The mask survives ZeRO 3 and the recomputation of activations."""
+    longer = ["conditioner.context_length=16", "deepspeed.stage=3"]
+    runs = {"short": [], "long": [*longer, "unet.gradient_checkpointing=true"]}
+    found = []
+    for name, more in runs.items():
+        steps = [*options, "train.max_steps=6", "optim.lr=0.02", *more]
+        assert fit(workshop.config("emoji", *steps, run=tmp_path / name)) == 0
+        assert list((tmp_path / name / "samples").glob("*.png"))
+        found.append(losses(tmp_path / name))
+    short, long = found
+    assert sorted(short) == [1, 2, 3, 4, 5, 6]
+    assert max(abs(short[step] - long[step]) for step in short) < 1e-5
