@@ -2,9 +2,10 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
@@ -19,6 +20,14 @@ WIDTH_IN, HEIGHT_IN = 5.0, 2.8
 MOST_POINTS = 600
 LOG_SCALE_FROM = 8.0
 """Positive values spread by more than this factor go on a logarithmic axis."""
+
+PRINT_COLOURS = {
+    "series-1": "#3157d5",
+    "reference": "#7a8394",
+    "muted": "#626b7b",
+    "grid": "#e8eaef",
+}
+"""What a picture on white takes instead of the page's variables."""
 
 Axis = Literal["any", "linear", "from_zero"]
 Style = Literal["solid", "faint", "dashed", "dotted"]
@@ -42,6 +51,35 @@ class Mark:
     value: float
     colour: str
     style: Style = "dashed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One point of a trade-off between a distance, which should fall, and a score."""
+
+    name: str
+    distance: float
+    score: float
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that no other beats in one figure without losing in the other, nearest first."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda t: (t.distance, -t.score)):
+        if not front or trial.score > front[-1].score:
+            front.append(trial)
+    return front
+
+
+def pareto_chart(name: str, trials: Sequence[Trial], distance: str, score: str) -> str:
+    """SVG of named points, and a line through the Pareto front; distance, score: axis labels."""
+    colours = _Colours()
+    return colours.as_variables(_svg(name, _pareto(trials, distance, score, colours)))
+
+
+def save_pareto_chart(path: Path, trials: Sequence[Trial], distance: str, score: str) -> None:
+    """The same as a PNG."""
+    _pareto(trials, distance, score, PRINT_COLOURS).savefig(path, format="png", dpi=160)
 
 
 def line_chart(
@@ -76,11 +114,39 @@ def line_chart(
     last_step = max((line.points[-1][0] for line in lines if line.points), default=0)
     axes.set_xlim(0, 1.02 * max(last_step, 1))
     _dress(axes, colours)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
-        text = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
-    return colours.as_variables(_inline(text.getvalue(), name))
+    return colours.as_variables(_svg(name, figure))
+
+
+def _pareto(
+    trials: Sequence[Trial], distance: str, score: str, colours: Mapping[str, str]
+) -> Figure:
+    figure = Figure(figsize=(2 * WIDTH_IN, 2 * HEIGHT_IN), layout="constrained")
+    axes = figure.add_subplot()
+    front = pareto_front(trials)
+    axes.plot(
+        [trial.distance for trial in front],
+        [trial.score for trial in front],
+        color=colours["series-1"],
+        linewidth=2.0,
+        zorder=2,
+    )
+    for trial in trials:
+        colour = colours["series-1" if trial in front else "reference"]
+        axes.scatter(trial.distance, trial.score, color=colour, s=36, zorder=3)
+        axes.annotate(
+            trial.name,
+            (trial.distance, trial.score),
+            xytext=(6, 4),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            parse_math=False,
+        )
+    for axis, label in ((axes.xaxis, distance), (axes.yaxis, score)):
+        axis.set_label_text(label, color=colours["muted"], parse_math=False)
+        axis.set_major_locator(MaxNLocator(6))
+    _style(axes, colours)
+    return figure
 
 
 def smoothed(points: Points) -> Points:
@@ -143,9 +209,13 @@ def _draw(axes: Axes, line: Line, colours: _Colours) -> None:
         axes.fill_between(band_steps, low, high, color=colours[line.colour], alpha=0.2, linewidth=0)
 
 
-def _dress(axes: Axes, colours: _Colours) -> None:
+def _dress(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: short_count(step)))
+    _style(axes, colours)
+
+
+def _style(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.tick_params(length=0, labelsize=12, labelcolor=colours["muted"], pad=5)
     axes.grid(axis="y", color=colours["grid"], linewidth=0.8)
@@ -161,6 +231,14 @@ def short_count(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
+
+
+def _svg(name: str, figure: Figure) -> str:
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
+        text = io.StringIO()
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+    return _inline(text.getvalue(), name)
 
 
 def _inline(svg: str, name: str) -> str:

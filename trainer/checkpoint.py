@@ -28,9 +28,9 @@ from torch import Tensor
 from trainer.averages import average_kind, averages
 from trainer.config import Config, EmaConfig
 from trainer.distributed import ALONE, Ranks
+from trainer.run_folder import MANIFEST
 
 FORMAT_VERSION = 2
-MANIFEST = "manifest.json"
 STATE = "state.json"
 FOLDERS = "step_*"
 

@@ -23,6 +23,7 @@ from trainer.images import save_png
 from trainer.meter import Meter
 from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
 from trainer.retention import Retention
+from trainer.run_folder import QUARANTINE
 from trainer.runs import describe, open_run
 from trainer.tasks import TrainingTask
 
@@ -160,7 +161,7 @@ class Run:
         met = [item for items in self.ranks.gather(quarantine.fresh()) for item in items]
         quarantine.add(met)
         if met and self.ranks.is_main:
-            path = self.folder / "quarantine.jsonl"
+            path = self.folder / QUARANTINE
             write_ledger(path, quarantine.rejected)
             self._say(
                 f"{len(quarantine)} bad samples replaced so far, listed in {path}; "

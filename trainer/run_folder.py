@@ -13,6 +13,12 @@ import yaml
 Points = list[tuple[int, float]]
 """Steps and values, in order of steps."""
 
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
+"""The folder of checkpoints, and the file that makes one of a folder."""
+
+QUARANTINE = "quarantine.jsonl"
+"""The file of samples that were replaced in training."""
+
 LARGEST = 1e30
 """What is not below it, infinite or not, is a run that diverged."""
 

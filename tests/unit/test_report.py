@@ -8,6 +8,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -16,9 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from trainer.charts import MOST_POINTS, Line, Mark, line_chart, smoothed, thinned
+from trainer.charts import (
+    MOST_POINTS,
+    Line,
+    Mark,
+    Trial,
+    line_chart,
+    pareto_front,
+    smoothed,
+    thinned,
+)
 from trainer.report import MOST_PICTURES, main, render
 from trainer.run_folder import read_metrics, read_run
+from trainer.sweep_table import FOLDER, TABLE, SweepTable
 
 VOID = {"meta", "img", "input", "br", "link"}
 EVIL = "</pre></summary><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7*7 }}"
@@ -174,6 +185,110 @@ def test_the_page_fetches_nothing_and_ids_are_unique(tmp_path: Path):
     targets += [values["clip-path"][4:-1] for _, values in page.tags if values.get("clip-path", "")]
     assert targets
     assert {target.removeprefix("#") for target in targets} <= set(ids)
+
+
+def write_sweep(folder: Path, name: str, *, prompt: str = "ddim") -> None:
+    rows = [
+        ({"sampler": prompt, "sampler.steps": "10"}, {"fd_inception": 30.5, "clip_score": 0.25}),
+        ({"sampler": prompt, "sampler.steps": "50"}, {"fd_inception": 20.0, "clip_score": 0.3}),
+        ({"sampler": "plms", "sampler.steps": "10"}, {"fd_inception": 44.0, "clip_score": 0.2}),
+    ]
+    path = folder / FOLDER / name / TABLE
+    path.parent.mkdir(parents=True)
+    SweepTable(rows).save(path)
+
+
+def write_checkpoint(folder: Path, step: int) -> None:
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    files = {"rank_00000.safetensors": {"bytes": 2**31}, "state.json": {"bytes": 2**29}}
+    (path / "manifest.json").write_text(json.dumps({"version": 1, "files": files}))
+
+
+def test_sweeps_checkpoints_and_replaced_samples_are_listed(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    bare = page_of(folder).text
+    for heading in ("Sweep", "Checkpoints", "Replaced samples"):
+        assert heading not in bare
+    write_sweep(folder, "sampler-steps_0a1b")
+    write_checkpoint(folder, 100)
+    write_checkpoint(folder, 200)
+    bad = [{"key": f"k{n}", "shard": "7.tar", "reason": "no caption"} for n in range(60)]
+    ledger = "".join(f"{json.dumps(entry)}\n" for entry in bad)
+    (folder / "quarantine.jsonl").write_text(f"{ledger}half a li")
+    page = page_of(folder)
+    assert "Sweep sampler-steps_0a1b" in page.text
+    assert "FID (Inception) against CLIP score, best to the upper left" in page.text
+    assert "sampler sampler.steps FID (Inception) CLIP score Pareto" in page.text
+    assert "ddim 10 30.5 0.25 ddim 50 20 0.3 ★ plms 10 44 0.2" in page.text
+    assert re.search(r"step_00000200 \S+ \S+ 2.5 2 step_00000100 ", page.text)
+    assert "Sample Shard Reason k59 7.tar no caption k58" in page.text
+    assert "k10 " in page.text
+    assert "k9 " not in page.text
+    assert "60 in all: 60 × no caption" in page.text
+
+
+def test_damaged_and_hostile_tables_stay_text(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    write_sweep(folder, "good", prompt=EVIL)
+    write_sweep(folder, "bad")
+    (folder / FOLDER / "bad" / TABLE).write_bytes(b"PAR1 and no more")
+    write_checkpoint(folder, 100)
+    (folder / "checkpoints" / "step_00000100" / "manifest.json").write_text('{"files": [1')
+    entry = {"key": EVIL, "shard": EVIL, "reason": EVIL}
+    (folder / "quarantine.jsonl").write_text(f"{json.dumps(entry)}\n[1]\n")
+    page = page_of(folder)
+    assert "Sweep good" in page.text
+    assert "Sweep bad" not in page.text
+    assert "Checkpoints" not in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [name for _, values in page.tags for name in values if name.startswith("on")]
+    assert page.text.count("alert(1)") >= 6
+
+
+FIGURES = st.tuples(st.integers(0, 9), st.integers(0, 9))
+
+
+@given(st.lists(FIGURES, max_size=12))
+def test_the_pareto_front_is_what_nothing_beats(figures: list[tuple[int, int]]):
+    trials = [Trial(name=str(n), distance=d, score=s) for n, (d, s) in enumerate(figures)]
+
+    def beaten(trial: Trial) -> bool:
+        return any(
+            other.distance <= trial.distance
+            and other.score >= trial.score
+            and (other.distance, other.score) != (trial.distance, trial.score)
+            for other in trials
+        )
+
+    front = pareto_front(trials)
+    best = {(trial.distance, trial.score) for trial in trials if not beaten(trial)}
+    assert {(trial.distance, trial.score) for trial in front} == best
+    assert len(front) == len(best)
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.fixed_dictionaries({"sampler": CELLS, "sampler.steps": CELLS}),
+            st.dictionaries(st.sampled_from(["fd_x", "clip_score"]), st.floats(-1e9, 1e9)),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_a_sweep_table_is_read_as_it_was_written(rows: list[tuple[dict[str, str], dict]]):
+    table = SweepTable(rows)
+    with TemporaryDirectory() as folder:
+        table.save(Path(folder) / TABLE)
+        again = SweepTable.load(Path(folder) / TABLE)
+    assert again.options == table.options
+    assert again.shown() == table.shown()
+    lines = table.markdown().splitlines()
+    assert len({line.count("|") - line.count(r"\|") for line in lines}) == 1
 
 
 def test_hostile_files_stay_text(tmp_path: Path):
