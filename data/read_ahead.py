@@ -1,4 +1,4 @@
-"""Answers to requests, in their order and a few in advance: by one thread, or by processes."""
+"""Answers to requests, in their order and a few in advance: by threads, or by processes."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -13,16 +13,22 @@ Answer = TypeVar("Answer")
 
 
 def with_thread(
-    answer: Callable[[Request], Answer], requests: Iterator[Request], *, depth: int
+    answer: Callable[[Request], Answer],
+    requests: Iterator[Request],
+    *,
+    depth: int,
+    threads: int = 1,
 ) -> Generator[Answer, None, None]:
-    """Answer up to `depth` requests ahead in one thread, which ends with the generator."""
-    with ThreadPoolExecutor(1, "read-ahead") as pool:
+    """Answer up to `depth` requests ahead in one thread or more, which end with the generator."""
+    with ThreadPoolExecutor(threads, "read-ahead") as pool:
         pending: deque[Future[Answer]] = deque()
         try:
             for request in requests:
                 pending.append(pool.submit(answer, request))
                 if len(pending) > depth:
                     yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from models.checks import conditioner_problems, diffusion_problems, sampler_problems
 from models.config import ConditionerKind
 from trainer.averages import WIDEST
-from trainer.config import Config, Features, Precision, Task
+from trainer.config import Config, Features, Metric, Precision, Task
 
 TEXT_KINDS = (ConditionerKind.text, ConditionerKind.transformers)
 
@@ -100,8 +100,7 @@ def _contradictions(config: Config) -> Iterator[str]:
     if side % factor:
         yield f"data.image_size={side} is no multiple of the autoencoder's factor {factor}"
     yield from _data(config)
-    if Features.efficientnet_lite0 in config.eval.features and config.eval.num_samples < 2:
-        yield f"eval.num_samples={config.eval.num_samples}: a covariance needs 2 samples or more"
+    yield from _evaluation(config)
     if config.task is Task.diffusion:
         yield from _diffusion(config)
 
@@ -184,6 +183,28 @@ def _data(config: Config) -> Iterator[str]:
         yield f"precompute.task={job.task} must lie in [0, precompute.num_tasks={job.num_tasks})"
     if config.task is Task.autoencoder and config.data.mixture:
         yield "data.mixture is of latents, but task=autoencoder trains on the images of data.train"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    own, metrics = config.eval, config.eval.metrics
+    least = {Metric.frechet: 2, Metric.kid: own.kid_subset_size, Metric.precision_recall: 4}
+    least |= {Metric.inception_score: 10}
+    for metric in metrics if own.features and not own.images else []:
+        if own.num_samples < least.get(metric, 1):
+            yield f"eval.num_samples={own.num_samples}: {metric} needs {least[metric]} or more"
+    for metric, needed in (
+        (Metric.inception_score, Features.inception),
+        (Metric.cmmd, Features.open_clip),
+    ):
+        if metric in metrics and needed not in own.features:
+            yield f"eval.metrics: {metric} needs eval.features to have {needed}"
+    has_clip = own.clip_model or config.conditioner.kind is ConditionerKind.text
+    if Features.open_clip in own.features and not has_clip:
+        yield "eval.features: open_clip needs eval.clip_model and eval.clip_pretrained"
+    if bool(own.clip_model) != bool(own.clip_pretrained):
+        yield "eval.clip_model and eval.clip_pretrained go together: set both or neither"
+    if own.batch_size < 1 or own.reference_samples < 0 or own.kid_subset_size < 2:
+        yield "eval.batch_size, eval.reference_samples or eval.kid_subset_size is too small"
 
 
 def _diffusion(config: Config) -> Iterator[str]:

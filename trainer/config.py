@@ -54,10 +54,38 @@ class WandbMode(StrEnum):
 
 
 class Features(StrEnum):
-    """Networks whose features a Fréchet distance compares."""
+    """Networks whose features describe images; their names end those of the metrics."""
 
     efficientnet_lite0 = "efficientnet_lite0"
     inception = "inception"
+    dinov2 = "dinov2"
+    open_clip = "open_clip"
+
+
+class Metric(StrEnum):
+    """What is measured on the features; the CLIP score has an option of its own."""
+
+    frechet = "frechet"
+    kid = "kid"
+    precision_recall = "precision_recall"
+    inception_score = "inception_score"
+    cmmd = "cmmd"
+
+
+class InceptionResize(StrEnum):
+    """How images come to Inception's 299 px: as in FID's own code, or antialiased (clean-fid)."""
+
+    tensorflow = "tensorflow"
+    clean = "clean"
+
+
+class Dinov2Size(StrEnum):
+    """Which DINOv2."""
+
+    small = "small"
+    base = "base"
+    large = "large"
+    giant = "giant"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,11 +181,31 @@ class EvalConfig:
     seed: int = 0
     """Sample i's noise depends on (seed, i) alone."""
     features: list[Features] = field(default_factory=lambda: [Features.inception])
-    """Each gives a Fréchet distance named after it."""
+    """Each gives its own number of each metric, named after it."""
+    metrics: list[Metric] = field(default_factory=lambda: [Metric.frechet])
+    """inception_score is of inception alone, cmmd of open_clip alone; the others are of all."""
+    clip_score: bool = False
+    """Score samples against their prompts."""
+    reference_samples: int = 0
+    """Training images to compare with, drawn by eval.seed; 0 takes all."""
+    references: str = "${data.dir}/references"
+    """A local folder for the features of training images, made once by the first to need them."""
     inception_weights: str = ""
     """torch-fidelity's Inception weights; empty downloads them."""
-    clip_score: bool = False
-    """Score samples against their prompts with the conditioner's CLIP."""
+    inception_resize: InceptionResize = InceptionResize.tensorflow
+    dinov2_size: Dinov2Size = Dinov2Size.large
+    dinov2_weights: str = ""
+    """DINOv2's weights, as its authors or timm give them; empty downloads them."""
+    clip_model: str = ""
+    """open_clip's architecture for clip_score and open_clip features; empty: the conditioner's."""
+    clip_pretrained: str = ""
+    """Its weights, by tag or path; empty: the conditioner's."""
+    kid_subset_size: int = 1000
+    """KID is the mean over 100 random subsets of this size."""
+    images: str = ""
+    """trainer.evaluate: a folder of images to measure in the place of a checkpoint's samples."""
+    keep_samples: bool = False
+    """trainer.evaluate: write the samples that are measured as PNGs."""
     prompts: list[str] = field(default_factory=list)
     """Prompts (or class numbers) of the sample grid, with seeds 0, 1, …"""
 

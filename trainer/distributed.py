@@ -58,6 +58,14 @@ class Ranks:
         dist.all_gather_object(values, value, self.group)
         return values
 
+    def collect(self, value: T) -> list[T]:
+        """On rank 0 every rank's value, in the order of the ranks; else nothing; collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] | None = [value] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, group=self.group)
+        return values or []
+
     def first(self, value: Callable[[], T]) -> T:
         """What rank 0 finds, on every rank; collective. The others do not look."""
         return self.gather([value()] if self.is_main else [])[0][0]

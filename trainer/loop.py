@@ -19,6 +19,7 @@ from trainer.config import Config, Task, WandbMode
 from trainer.distributed import Ranks, join
 from trainer.engine import StepResult
 from trainer.engines import Engines
+from trainer.evaluations import logged
 from trainer.images import save_png
 from trainer.meter import Meter
 from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
@@ -88,7 +89,7 @@ class Run:
         self.engine = self.engines.first
         if checkpoint is not None:
             self._resume(checkpoint)
-        self.evaluations: dict[int, dict[str, float]] = {}
+        self.evaluations: dict[int, dict[str, float | str]] = {}
         step, kept = self.progress.step, Retention.of(config.checkpoint)
         self.checkpoints = CheckpointWriter(self.folder / "checkpoints", ranks, kept, step)
         self.callbacks = Callbacks(list(self._callbacks()) if ranks.is_main else [])
@@ -97,7 +98,9 @@ class Run:
         """The loop; returns the exit code."""
         config, progress = self.config, self.progress
         if not progress.evaluated:
-            self._evaluate(self.task.baselines() if progress.step == 0 else {})
+            baselines = self.task.baselines() if progress.step == 0 else {}
+            if not self._evaluate(baselines, stop):
+                return self._stop()
         for micro_batches in self._steps():
             self._train_step(micro_batches)
             step, done = progress.step, progress.step == config.train.max_steps
@@ -105,14 +108,13 @@ class Run:
             if step % config.train.log_every == 0 or done:
                 self._log()
             if not progress.evaluated and not stopping:
-                self._evaluate({})
-            if done or stopping or step % config.checkpoint.every == 0:
-                self._save()
-            if done or stopping:
-                self.checkpoints.finish()
+                stopping = not self._evaluate({}, stop)
             if stopping:
-                self._say(f"asked to stop: step {step} is saved; the same command goes on")
-                return REQUEUE_EXIT_CODE
+                return self._stop()
+            if done or step % config.checkpoint.every == 0:
+                self._save()
+            if done:
+                self.checkpoints.finish()
         for line in self.task.finish(self.engine.ema_weights(self.engine.averages[0]), self.folder):
             self._say(line)
         return 0
@@ -168,18 +170,31 @@ class Run:
                 f"the last: {met[-1].key} in {met[-1].shard}: {met[-1].reason}"
             )
 
-    def _evaluate(self, extra: dict[str, float]) -> None:
+    def _evaluate(self, extra: dict[str, float], stop: StopRequest) -> bool:
+        """Measure every average, and show the first; False where a request to stop came first."""
         start_s, step = time.perf_counter(), self.progress.step
-        evaluation = self.task.evaluate(self.engine.ema_weights(self.engine.averages[0]))
-        if self.ranks.is_main:
-            values = evaluation.metrics | extra
-            self.evaluations = {step: {f"eval/{name}": value for name, value in values.items()}}
-            self.callbacks.metrics(step, self.evaluations[step])
-            path = self.folder / "samples" / f"step_{step:08d}.png"
-            save_png(path, evaluation.picture)
-            self.callbacks.picture(step, path)
+        values = logged(extra)
+        for average in self.engine.averages:
+            is_first = average == self.engine.averages[0]
+            found = self.task.evaluate(self.engine.ema_weights(average), stop.agreed)
+            if found is None:
+                return False
+            values |= logged(found.metrics, "" if is_first else average)
+            if is_first and self.ranks.is_main:
+                path = self.folder / "samples" / f"step_{step:08d}.png"
+                save_png(path, found.picture)
+                self.callbacks.picture(step, path)
+        self.evaluations = {step: values}
+        self.callbacks.metrics(step, values)
         self.progress.evaluated = True
         self.meter.exclude(time.perf_counter() - start_s)
+        return True
+
+    def _stop(self) -> int:
+        self._save()
+        self.checkpoints.finish()
+        self._say(f"asked to stop: step {self.progress.step} is saved; the same command goes on")
+        return REQUEUE_EXIT_CODE
 
     def _save(self) -> None:
         self._share_quarantine()

@@ -1,15 +1,17 @@
 """Where a run's numbers and pictures go. Rank 0 alone has callbacks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+from trainer.evaluations import Values
 
 
 class Callback(Protocol):
     """Told of everything that is worth showing; never changes the training."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers after optimizer step `step`, by name such as train/loss."""
+    def metrics(self, step: int, values: Values) -> None:
+        """Numbers, and names of protocols, after optimizer step `step`, such as train/loss."""
         ...
 
     def picture(self, step: int, path: Path) -> None:
@@ -27,7 +29,7 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = callbacks
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Values) -> None:
         """See Callback."""
         for callback in self._callbacks:
             callback.metrics(step, values)

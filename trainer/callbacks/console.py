@@ -1,10 +1,11 @@
 """A progress bar on a terminal, one aligned line an interval anywhere else."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
+
+from trainer.evaluations import Values
 
 SHOWN = {
     "train/loss": ("loss", "{:.4f}"),
@@ -26,13 +27,12 @@ class Console:
             else None
         )
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Values) -> None:
         """Training metrics go into the bar or on a line; evaluations always get a line."""
         evaluation = {name: value for name, value in values.items() if name.startswith("eval/")}
         if evaluation:
-            self._print(
-                step, "  ".join(f"{n.removeprefix('eval/')} {v:.4g}" for n, v in evaluation.items())
-            )
+            shown = [f"{n.removeprefix('eval/')} {_short(v)}" for n, v in evaluation.items()]
+            self._print(step, "  ".join(shown))
         shown = [
             f"{label} {form.format(values[name]):>7}"
             for name, (label, form) in SHOWN.items()
@@ -59,3 +59,7 @@ class Console:
             self._bar.write(line)
         else:
             print(line, flush=True)
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

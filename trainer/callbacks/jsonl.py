@@ -1,31 +1,39 @@
 """metrics.jsonl: one JSON object a line, complete whatever else fails."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+
+from trainer import evaluations
+from trainer.evaluations import Values, append_line, as_logged
 
 
 class JsonLines:
-    """Appends to metrics.jsonl; a resumed run drops the lines it is going to write again."""
+    """Appends to metrics.jsonl; a resumed run drops the lines it is going to write again.
+
+    Lines of evaluations that were jobs of their own come back: nobody writes them again.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
+        self._path = path
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
             part = path.with_suffix(".part")
             part.write_text("".join(f"{line}\n" for line in kept))
             part.replace(path)
-        self._file = path.open("a", buffering=1)
+            # after the rename: what an evaluation appends from here on is in the new file
+            for _, values in evaluations.found(path.parent):
+                if (line := json.dumps(as_logged(values))) not in kept:
+                    append_line(path, line)
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Values) -> None:
         """Write one line."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        append_line(self._path, json.dumps({"step": step, **values}))
 
     def picture(self, step: int, path: Path) -> None:
         """Pictures stay where they are."""
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Every line is there already."""
 
 
 def _step(line: str) -> float:

@@ -1,23 +1,8 @@
 """CLIP score: how well images match their prompts, beside how well they match other prompts."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-class ContrastiveModel(Protocol):
-    """What open_clip's models do."""
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """image: [B, 3, S, S]; returns [B, width]."""
-        ...
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """text: [B, tokens] int64; returns [B, width]."""
-        ...
 
 
 class ClipScore:
@@ -28,21 +13,8 @@ class ClipScore:
     A model that ignores its prompts scores no better than shuffled.
     """
 
-    def __init__(
-        self,
-        clip: ContrastiveModel,
-        tokenizer: Callable[[list[str]], Tensor],
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """clip is in eval mode and on device; mean and std are of RGB in [0, 1]."""
-        self._clip, self._tokenizer, self._image_size = clip, tokenizer, image_size
-        self._device = torch.device(device)
-        self._mean = torch.tensor(mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(std, device=device).view(3, 1, 1)
-        width = self._embed_texts([""]).shape[1]
+    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
+        """width: of CLIP's embeddings."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -50,15 +22,15 @@ class ClipScore:
         self._count, self._cosine, self._cosine_squared = zeros(), zeros(), zeros()
         self._image_sum, self._text_sum = zeros(width), zeros(width)
 
-    def update(self, images: Tensor, prompts: list[str]) -> None:
-        """Adds samples; images: [B, 3, H, W] uint8, each drawn from its prompt.
+    def update(self, images: Tensor, texts: Tensor) -> None:
+        """Adds CLIP's embeddings of samples and of their prompts, of any length: both [B, width].
 
         Raises ValueError where their numbers differ.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images cannot match {len(prompts)} prompts")
-        image = self._embed_images(images).double()
-        text = self._embed_texts(prompts).double()
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images cannot match {len(texts)} prompts")
+        image = F.normalize(images.to(self._image_sum), dim=1)
+        text = F.normalize(texts.to(self._text_sum), dim=1)
         cosine = (image * text).sum(1)
         self._count += len(cosine)
         self._cosine += cosine.sum()
@@ -92,15 +64,3 @@ class ClipScore:
             "clip_score_stderr": (variance / n) ** 0.5,
             "clip_score_shuffled": others / (n * (n - 1)),
         }
-
-    @torch.inference_mode()
-    def _embed_images(self, images: Tensor) -> Tensor:
-        size = (self._image_size, self._image_size)
-        pixels = images.to(self._device).float()
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp_(0, 255) / 255
-        return self._clip.encode_image((pixels - self._mean) / self._std, normalize=True)
-
-    @torch.inference_mode()
-    def _embed_texts(self, prompts: list[str]) -> Tensor:
-        tokens = self._tokenizer(prompts).to(self._device)
-        return self._clip.encode_text(tokens, normalize=True)

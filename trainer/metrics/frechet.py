@@ -1,14 +1,9 @@
 """Fréchet distance between Gaussians fitted to streamed features."""
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 
@@ -88,54 +83,3 @@ def _factor(cov: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(cov)
     kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, kept] * values[kept].sqrt()
-
-
-class ReferenceMismatchError(ValueError):
-    """A file of reference moments is damaged, or was made from something else."""
-
-
-def save_moments(
-    path: Path, moments: GaussianMoments, *, features: str, fingerprint: str, dataset: str
-) -> None:
-    """Writes moments as safetensors, and what they were made from as JSON in its header.
-
-    features and fingerprint are the extractor's; dataset is the hash of the data set's manifest.
-    """
-    made_from = {"features": features, "fingerprint": fingerprint, "dataset": dataset}
-    tensors = {name: total.cpu() for name, total in moments.state().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_bytes(save(tensors, {"moments": json.dumps(made_from)}))
-    unfinished.replace(path)
-
-
-def load_moments(path: Path, *, features: str, fingerprint: str, dataset: str) -> GaussianMoments:
-    """Reads moments that save_moments wrote of the same extractor and data set.
-
-    Raises FileNotFoundError, or ReferenceMismatchError naming the file, the difference and the fix.
-    """
-    expected = {"features": features, "fingerprint": fingerprint, "dataset": dataset}
-    fix = "delete it, and the next evaluation makes it anew"
-    try:
-        with safe_open(path, framework="pt") as file:
-            made_from = json.loads((file.metadata() or {}).get("moments", "null"))
-            state = {name: file.get_tensor(name) for name in ("count", "sum", "outer")}
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise ReferenceMismatchError(f"{path} is not a file of moments: {fix}") from error
-    if not isinstance(made_from, dict):
-        raise ReferenceMismatchError(f"{path} does not say what it was made from: {fix}")
-    for name, value in expected.items():
-        if made_from.get(name) != value:
-            raise ReferenceMismatchError(
-                f"{path} holds moments of {name} {made_from.get(name)}, not {value}: {fix}"
-            )
-    d = state["sum"].numel()
-    shapes = {"count": (), "sum": (d,), "outer": (d, d)}
-    for name, total in state.items():
-        if (
-            total.dtype != torch.float64
-            or total.shape != shapes[name]
-            or not total.isfinite().all()
-        ):
-            raise ReferenceMismatchError(f"{path} holds damaged moments ({name}): {fix}")
-    return GaussianMoments.from_state(state)

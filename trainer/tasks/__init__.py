@@ -1,6 +1,6 @@
 """What one training step is, for each thing that can be trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,8 @@ class Loss:
 class Evaluation:
     """Numbers by metric name (without `eval/`), and a picture of what the model can do."""
 
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | str]
+    """`protocol` is the hash of how they were measured."""
     picture: Tensor
     """[3, H, W] uint8."""
 
@@ -71,8 +72,13 @@ class TrainingTask(Protocol):
         """What no model can beat or should stay below, by metric name; measured once a run."""
         ...
 
-    def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
-        """Measure averaged weights; collective, and without effect on the training."""
+    def evaluate(
+        self, weights: dict[str, Tensor], stopping: Callable[[], bool]
+    ) -> Evaluation | None:
+        """Measure averaged weights; collective, and without effect on the training.
+
+        `stopping` is collective, too, and may be asked between batches; None where it said yes.
+        """
         ...
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Training a first stage: reconstruct the image, keep the latents near N(0, I)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class AutoencoderTask:
         return {}
 
     @torch.inference_mode()
-    def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
+    def evaluate(self, weights: dict[str, Tensor], stopping: Callable[[], bool]) -> Evaluation:
         """PSNR of the validation images and use of the codebook, if there is one.
 
         The picture shows the first few images, above their reconstructions.

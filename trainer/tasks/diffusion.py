@@ -1,6 +1,6 @@
 """Training the denoiser on stored latents, with its condition dropped now and then."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from models.unet import UNet2DCondition, attention_shapes
 from trainer import rng
 from trainer.config import Config, Precision
 from trainer.distributed import Ranks
-from trainer.evaluation import Evaluator
+from trainer.evaluator import Evaluator
 from trainer.pipeline import LatentDiffusion, LatentScale, Pipeline
 from trainer.rng import Purpose
 from trainer.streams import open_latents
@@ -135,7 +135,9 @@ class DiffusionTask:
         """See Evaluator.baselines."""
         return self._evaluator.baselines()
 
-    def evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
+    def evaluate(
+        self, weights: dict[str, Tensor], stopping: Callable[[], bool]
+    ) -> Evaluation | None:
         """Draw and measure samples of averaged weights."""
         with torch.device("meta"):
             trained = self._conditioner.trainable
@@ -146,7 +148,7 @@ class DiffusionTask:
         pipeline = Pipeline(
             self._config, module, conditioner, self._autoencoder, self._scale, self._ranks.device
         )
-        return self._evaluator.evaluate(pipeline)
+        return self._evaluator.evaluate(pipeline, stopping)
 
     def finish(self, weights: dict[str, Tensor], folder: Path) -> Iterator[str]:
         """The last checkpoint is what the run is for."""

@@ -1,5 +1,4 @@
 import itertools
-from collections.abc import Callable
 
 import open_clip
 import pytest
@@ -7,40 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
-from torch import Tensor
 from torch.nn import functional as F
 
+from models.clip import Clip
+from trainer.metrics.clip_features import ClipFeatures
 from trainer.metrics.clip_score import ClipScore
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
 PROMPTS = ["a red heart", "a cat", "flag of Peru", "clown face", "sun", "pizza", "a key"]
-
-
-class Tables:
-    """A contrastive model that looks vectors up: images and prompts hold their row's number."""
-
-    def __init__(self, images: Tensor, texts: Tensor) -> None:
-        self.images, self.texts = images, texts
-
-    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        rows = image[:, 0, 0, 0].round().long()
-        return F.normalize(self.images[rows], dim=-1) if normalize else self.images[rows]
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        return F.normalize(self.texts[text], dim=-1) if normalize else self.texts[text]
-
-
-def numbers(prompts: list[str]) -> Tensor:
-    return torch.tensor([int(prompt or 0) for prompt in prompts])
-
-
-def table_score(images: Tensor, texts: Tensor) -> ClipScore:
-    return ClipScore(Tables(images, texts), numbers, 2, (0, 0, 0), (1 / 255,) * 3)
-
-
-def update(score: ClipScore, rows: list[int]) -> None:
-    images = torch.tensor(rows, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    score.update(images, [str(row) for row in rows])
 
 
 @settings(deadline=None, max_examples=30)
@@ -49,11 +22,10 @@ def test_scores_are_the_average_over_pairs_and_over_derangements(n: int, cut: in
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     texts = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    ranks = [table_score(images, texts), table_score(images, texts)]
+    ranks = [ClipScore(4), ClipScore(4)]
     rows = torch.randperm(n, generator=generator).tolist()
     for rank, part in zip(ranks, (rows[:cut], rows[cut:]), strict=True):
-        if part:
-            update(rank, part)
+        rank.update(images[part], texts[part])
     for name, total in ranks[0].state().items():
         total += ranks[1].state()[name]
     result = ranks[0].compute()
@@ -73,52 +45,49 @@ def test_scores_are_the_average_over_pairs_and_over_derangements(n: int, cut: in
     )
 
 
-@pytest.fixture(scope="module")
-def clip() -> tuple[open_clip.CLIP, Callable[[list[str]], Tensor]]:
+def clip_of(image_size: int) -> Clip:
     torch.manual_seed(0)
     model = open_clip.CLIP(
         embed_dim=16,
-        vision_cfg=CLIPVisionCfg(image_size=32, patch_size=8, layers=2, width=64),
+        vision_cfg=CLIPVisionCfg(image_size=image_size, patch_size=8, layers=2, width=64),
         text_cfg=CLIPTextCfg(context_length=16, width=32, heads=2, layers=2),
     )
-    return model.eval(), open_clip.SimpleTokenizer(context_length=16)
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    return Clip(model.eval(), tokenizer, MEAN, STD, {}, 16)
 
 
-def test_open_clip_scores_are_its_own_cosines(
-    clip: tuple[open_clip.CLIP, Callable[[list[str]], Tensor]],
-):
-    model, tokenizer = clip
+def test_open_clip_scores_are_its_own_cosines():
+    clip = clip_of(32)
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
     pixels = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.inference_mode():
-        output = model(pixels, tokenizer(PROMPTS))
+        output = clip.model(pixels, clip.tokenizer(PROMPTS))
+        texts = clip.model.encode_text(clip.tokenizer(PROMPTS))
     cosines = output[0] @ output[1].T
 
-    score = ClipScore(model, tokenizer, 32, MEAN, STD)
-    score.update(images[:3], PROMPTS[:3])
-    score.update(images[3:], PROMPTS[3:])
+    features = ClipFeatures(clip)
+    assert features(images).shape == (7, features.num_features) == (7, 16)
+    score = ClipScore(features.num_features)
+    score.update(features(images[:3]), texts[:3])
+    score.update(features(images[3:]), texts[3:])
     result = score.compute()
     assert result["clip_score"] == pytest.approx(cosines.diag().mean().item(), abs=1e-5)
     mismatched = (cosines.sum() - cosines.trace()) / 42
     assert result["clip_score_shuffled"] == pytest.approx(mismatched.item(), abs=1e-5)
 
 
-def test_images_of_any_size_are_resized(
-    clip: tuple[open_clip.CLIP, Callable[[list[str]], Tensor]],
-):
-    scores = []
-    for side in (32, 96):
-        score = ClipScore(*clip, 32, MEAN, STD)
-        colours = torch.arange(0, 250, 25, dtype=torch.uint8).view(-1, 1, 1, 1)
-        score.update(colours.expand(-1, 3, side, side), [str(i) for i in range(10)])
-        scores.append(score.compute())
-    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+def test_images_of_any_size_are_resized():
+    features = ClipFeatures(clip_of(32))
+    colours = torch.arange(0, 250, 25, dtype=torch.uint8).view(-1, 1, 1, 1)
+    small, large = (features(colours.expand(-1, 3, side, side)) for side in (32, 96))
+    torch.testing.assert_close(small, large, atol=1e-4, rtol=1e-4)
+    assert (small[0] - small[9]).abs().max() > 0.1
 
 
 def test_too_few_samples_and_missing_prompts_are_refused():
-    score = table_score(torch.eye(3), torch.eye(3))
+    score, embeddings = ClipScore(3), torch.eye(3)
     with pytest.raises(ValueError, match="2 images cannot match 1 prompts"):
-        score.update(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), ["0"])
-    update(score, [1])
+        score.update(embeddings[:2], embeddings[:1])
+    score.update(embeddings[:1], embeddings[:1])
     with pytest.raises(ValueError, match="two samples"):
         score.compute()

@@ -1,24 +1,12 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from trainer.metrics.frechet import (
-    GaussianMoments,
-    ReferenceMismatchError,
-    frechet_distance,
-    load_moments,
-    save_moments,
-)
-
-MADE_FROM = {"features": "inception", "fingerprint": "f" * 64, "dataset": "d" * 64}
+from trainer.metrics.frechet import GaussianMoments, frechet_distance
 
 
 def moments_of(features: Tensor) -> GaussianMoments:
@@ -134,50 +122,3 @@ def test_one_sample_and_broken_features_are_refused():
         frechet_distance(good, moments_of(torch.full((4, 3), torch.nan)))
     with pytest.raises(ValueError, match="3 features with 2"):
         frechet_distance(good, moments_of(torch.randn(4, 2)))
-
-
-def test_reference_moments_come_back_bit_for_bit(tmp_path: Path):
-    moments = moments_of(torch.randn(20, 6))
-    path = tmp_path / "references" / "val.safetensors"
-    save_moments(path, moments, **MADE_FROM)
-    loaded = load_moments(path, **MADE_FROM)
-    for name, total in moments.state().items():
-        assert torch.equal(total, loaded.state()[name])
-    assert [file.name for file in path.parent.iterdir()] == ["val.safetensors"]
-
-
-@pytest.mark.parametrize("name", MADE_FROM)
-def test_reference_of_something_else_is_refused(tmp_path: Path, name: str):
-    path = tmp_path / "val.safetensors"
-    save_moments(path, moments_of(torch.randn(20, 6)), **MADE_FROM)
-    with pytest.raises(ReferenceMismatchError, match=f"val.safetensors.*{name}.*delete it"):
-        load_moments(path, **{**MADE_FROM, name: "another"})
-
-
-def test_damaged_references_are_refused(tmp_path: Path):
-    path = tmp_path / "val.safetensors"
-    with pytest.raises(FileNotFoundError):
-        load_moments(path, **MADE_FROM)
-    save_moments(path, moments_of(torch.randn(20, 6)), **MADE_FROM)
-    whole, tensors = path.read_bytes(), load_file(path)
-
-    path.write_bytes(whole[:-9])
-    with pytest.raises(ReferenceMismatchError, match="not a file of moments"):
-        load_moments(path, **MADE_FROM)
-
-    save_file(tensors, path)
-    with pytest.raises(ReferenceMismatchError, match="does not say"):
-        load_moments(path, **MADE_FROM)
-
-    header = {"moments": json.dumps(MADE_FROM)}
-    for broken in (
-        {**tensors, "sum": tensors["sum"][:5]},
-        {**tensors, "outer": tensors["outer"] * torch.nan},
-        {**tensors, "count": tensors["count"].float()},
-    ):
-        save_file(broken, path, header)
-        with pytest.raises(ReferenceMismatchError, match="damaged"):
-            load_moments(path, **MADE_FROM)
-    save_file({"sum": tensors["sum"]}, path, header)
-    with pytest.raises(ReferenceMismatchError, match="not a file of moments"):
-        load_moments(path, **MADE_FROM)
