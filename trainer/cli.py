@@ -10,10 +10,13 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -30,9 +33,11 @@ USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
 ConfigStore.instance().store(name="schema", node=Config)
 
 
-def main(target: str) -> None:
+def main(target: str, *, point: str = "", summary: str = "") -> None:
     """Run `module:function` with the checked config and exit with the code that it returns.
 
+    A command that can be swept (-m) names what takes the config of each point, and what is told of
+    all of them at the end: a list of (swept options, config).
     A wrong config, a missing file or unusable data ends in one line and exit code 1; the stack
     trace follows where HYDRA_FULL_ERROR=1 asks for it.
     """
@@ -40,6 +45,9 @@ def main(target: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
     codes: list[int] = []
     errors: list[Exception] = []
+    sweeps = bool(summary) and bool({"-m", "--multirun"} & set(sys.argv))
+    if sweeps:
+        target = point
 
     def job(tree: DictConfig) -> None:
         try:
@@ -47,12 +55,16 @@ def main(target: str) -> None:
             codes.append(_load(target)(config) or 0)
         except USER_ERRORS as error:  # past this frame Hydra would add lines of its own
             errors.append(error)
+            if sweeps:  # the other points go on, perhaps in another process than this one
+                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
 
     try:
         _refuse_intruders()
         if "--cfg" in sys.argv or "-c" in sys.argv:
             _check_command_line()
         hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
+        if sweeps:
+            codes.append(_load(summary)(_points(sys.argv[1:])) or 0)
     except USER_ERRORS as error:
         errors.append(error)
     if errors:
@@ -76,7 +88,26 @@ def _check_command_line() -> None:
     load_config([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
 
 
-def _load(target: str) -> Callable[[Config], int | None]:
+def _points(words: list[str]) -> list[tuple[dict[str, str], Config]]:
+    """What Hydra makes of a sweep's command line: swept options and config of each point."""
+    overrides = [
+        override
+        for override in OverridesParser.create().parse_overrides(
+            [word for word in words if not word.startswith("-")]
+        )
+        if not override.key_or_group.startswith("hydra")
+    ]
+    swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+    (combinations,) = BasicSweeper.split_arguments(overrides, None)
+    points = []
+    for combination in combinations:
+        parts = (word.partition("=") for word in combination)
+        options = {key.lstrip("+"): value for key, _, value in parts if key in swept}
+        points.append((options, load_config(list(combination))))
+    return points
+
+
+def _load(target: str) -> Callable[[Any], int | None]:
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)
 

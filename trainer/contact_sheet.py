@@ -19,9 +19,7 @@ BACKGROUND = "#eeeeee"
 
 def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
     """Lay out pictures with their captions, row by row; neither is changed but in size."""
-    # the fonts that come with Pillow have no letters beyond Western Europe's
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(file), FONT_SIZE)
+    font = _font()
     cell = (SIDE + GAP, SIDE + GAP + CAPTION_LINES * LINE_HEIGHT)
     rows = -(-len(pictures) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * cell[0] + GAP, rows * cell[1] + GAP), BACKGROUND)
@@ -35,6 +33,29 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
             place = (left, top + SIDE + 2 + line * LINE_HEIGHT)
             pencil.text(place, text, "black", font)
     return sheet
+
+
+def named_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """Lay out rows of pictures of one size, each under its name."""
+    font = _font()
+    width, height = rows[0][1][0].size
+    most = max(len(pictures) for _, pictures in rows)
+    step = LINE_HEIGHT + 2 + height + GAP
+    size = max(most * (width + GAP), *(int(font.getlength(name)) for name, _ in rows)) + GAP
+    sheet = Image.new("RGB", (size, len(rows) * step + GAP), BACKGROUND)
+    pencil = ImageDraw.Draw(sheet)
+    for number, (name, pictures) in enumerate(rows):
+        top = GAP + number * step
+        pencil.text((GAP, top), name, "black", font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (GAP + column * (width + GAP), top + LINE_HEIGHT + 2))
+    return sheet
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    # the fonts that come with Pillow have no letters beyond Western Europe's
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), FONT_SIZE)
 
 
 def _wrapped(caption: str, font: ImageFont.FreeTypeFont) -> Iterator[str]:

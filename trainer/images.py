@@ -1,7 +1,7 @@
 """Pictures for people: tensors to uint8, grids, PNG files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,13 @@ def grid(images: Tensor, columns: int) -> Tensor:
         left = (number % columns) * (width + GAP) + GAP
         picture[:, top : top + height, left : left + width] = image
     return picture
+
+
+def tiles(picture: Image.Image, height: int, width: int, columns: int) -> Iterator[Image.Image]:
+    """What `grid` laid out, row by row; blank where the last row was not full."""
+    for top in range(GAP, picture.height - height, height + GAP):
+        for left in range(GAP, columns * (width + GAP), width + GAP):
+            yield picture.crop((left, top, left + width, top + height))
 
 
 def save_png(path: Path, picture: Tensor, about: Mapping[str, object] | None = None) -> None:
