@@ -62,9 +62,10 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
         _refuse_intruders()
         if "--cfg" in sys.argv or "-c" in sys.argv:
             _check_command_line()
+        points = _points(sys.argv[1:]) if sweeps else []  # all are checked before any is run
         hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
         if sweeps:
-            codes.append(_load(summary)(_points(sys.argv[1:])) or 0)
+            codes.append(_load(summary)(points) or 0)
     except USER_ERRORS as error:
         errors.append(error)
     if errors:

@@ -82,9 +82,9 @@ class SweepTable:
     def markdown(self) -> str:
         """The same in Markdown, aligned."""
         head, rows = self.shown()
-        rule = ["-" * len(name) for name in head]
-        lines = [[_cell(word) for word in line] for line in (head, rule, *rows)]
+        lines = [[_cell(word) for word in line] for line in (head, *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines.insert(1, ["-" * width for width in widths])
         return "".join(
             "| "
             + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))

@@ -1,0 +1,107 @@
+"""`trainer.evaluate -m`, killed half-way and started again, and its page in a real browser."""
+
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests import sweeps
+from tests.browser import open_page
+from tests.conftest import Workshop
+from trainer.report import main
+
+
+class Tables(HTMLParser):
+    """The words of every table's cells, row by row."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._inside = False
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self._inside = tag in ("td", "th")
+        if self._inside:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep") / "run"
+
+
+@pytest.fixture(scope="module")
+def command(workshop: Workshop, run: Path) -> list[str]:
+    return sweeps.train(workshop, run)
+
+
+@pytest.fixture(scope="module")
+def output(command: list[str], run: Path) -> str:
+    """Of the second start, after the first was killed."""
+    done = sweeps.kill_half_way(sweeps.start(command), run)
+    assert 4 <= done < 12
+    before = {path: path.stat().st_mtime_ns for path in sweeps.points(run)}
+    again = sweeps.start(command)
+    text, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, text
+    assert text.count("measured before") == done
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    return text
+
+
+def test_a_killed_sweep_ends_with_the_table_of_one_that_was_not(
+    workshop: Workshop, output: str, run: Path, tmp_path: Path
+):
+    expected = sweeps.expected_table(workshop, run, tmp_path / "run")
+    sweeps.assert_same_tables(sweeps.table(run), expected)
+    assert "| dpmpp_2m | 3 " in output
+    (folder,) = {path.parent for path in (run / "sweeps").glob("*/table.md")}
+    assert (folder / "table.md").read_text() in output
+    for name in ("pareto.png", "strip.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_a_browser_shows_the_table_and_has_no_complaint(output: str, run: Path):
+    assert main([str(run)]) == 0
+    for width in (1200, 390):
+        page, log, picture = open_page(run / "report.html", width=width)
+        rows = Tables(page).rows
+        head = next(row for row in rows if row[:1] == ["sampler"])
+        assert head[1:3] == ["sampler.steps", "sampler.guidance_scale"]
+        assert "CLIP score" in head
+        cells = [row for row in rows if row and row[0] in ("ddim", "dpmpp_2m")]
+        assert [row[:3] for row in cells] == [
+            [sampler, str(steps), str(scale)]
+            for sampler in sweeps.SAMPLERS
+            for steps in sweeps.STEPS
+            for scale in sweeps.SCALES
+        ]
+        distances = [f"{row['fd_efficientnet_lite0']:.4g}" for row in sweeps.table(run)]
+        assert [row[3] for row in cells] == distances
+        assert any(row[-1] == "★" for row in cells)
+        assert "CONSOLE" not in log
+        assert picture.startswith(b"\x89PNG")
+
+
+def test_a_point_that_contradicts_itself_is_named_before_any_is_measured(
+    command: list[str], output: str, run: Path
+):
+    words = [word for word in command if not word.startswith("sampler")]
+    words += ["sampler=ddim", "sampler.steps=4", "sampler.guidance_scale=1", "sampler.eta=0,7"]
+    done = subprocess.run(words, cwd=sweeps.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: sampler.eta=7.0 must lie in [0, 1]\n"
+    assert len(sweeps.points(run)) == 12
