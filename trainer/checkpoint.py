@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -81,6 +82,15 @@ class Checkpoint:
                 if kind in found:
                     found[kind][parameter] = file.get_tensor(key)
         return found
+
+    def shapes(self, kind: str) -> dict[str, torch.Size]:
+        """Names and shapes of the tensors of a kind."""
+        with self._opened() as files:
+            return {
+                key.removeprefix(f"{kind}/"): torch.Size(file.get_slice(key).get_shape())
+                for key, file in files.items()
+                if key.startswith(f"{kind}/")
+            }
 
     @contextmanager
     def reading(self, prefix: str = "") -> Iterator[Reader]:

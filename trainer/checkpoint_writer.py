@@ -66,6 +66,10 @@ class CheckpointWriter:
         """Whether this rank knows of the last save that it came to nothing; rank 0 always does."""
         return bool(self._failure)
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, once it is committed."""
+        return self._folder / f"step_{step:08d}"
+
     def save(
         self,
         step: int,
@@ -201,7 +205,8 @@ def _step(path: Path) -> int:
 def _metrics(path: Path) -> dict[str, float]:
     """What was measured at a checkpoint's step; nothing where it cannot be read."""
     try:
-        return json.loads((path / STATE).read_bytes())["metrics"]
+        values = json.loads((path / STATE).read_bytes())["metrics"]
+        return {name: value for name, value in values.items() if isinstance(value, int | float)}
     except (OSError, ValueError, KeyError):
         return {}
 

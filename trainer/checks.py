@@ -131,6 +131,12 @@ def _averages(config: Config) -> Iterator[str]:
         yield f"ema.decays={ema.decays} must lie in [0, 1)"
     if not all(0 < width <= WIDEST for width in ema.sigma_rels):
         yield f"ema.sigma_rels={ema.sigma_rels} must lie in (0, {WIDEST}]"
+    if not 0 < ema.reconstruct.sigma_rel <= WIDEST:
+        yield f"ema.reconstruct.sigma_rel={ema.reconstruct.sigma_rel} must lie in (0, {WIDEST}]"
+    if ema.snapshot_every < 0:
+        yield f"ema.snapshot_every={ema.snapshot_every} must be at least 0"
+    if ema.snapshot_every and len(ema.sigma_rels) < 2:
+        yield f"ema.snapshot_every={ema.snapshot_every} needs two widths: ema.sigma_rels=[0.05,0.1]"
 
 
 def _checkpoints(config: Config) -> Iterator[str]:

@@ -130,6 +130,23 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
 
+class SnapshotPrecision(StrEnum):
+    """How snapshots of averages are stored."""
+
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+@dataclass(slots=True, kw_only=True)
+class ReconstructConfig:
+    """What `trainer.ema` makes of a run's snapshots."""
+
+    sigma_rel: float = 0.1
+    """The width wanted, as a share of the training."""
+    out: str = "${run.dir}/ema"
+    """Each width gets a folder of its own in it, for checkpoint.load."""
+
+
 @dataclass(slots=True, kw_only=True)
 class EmaConfig:
     """Averages of the weights, in fp32 beside the optimizer state: 4 bytes a parameter each."""
@@ -140,6 +157,11 @@ class EmaConfig:
     sigma_rels: list[float] = field(default_factory=list)
     """Power-function averages (Karras et al. 2024, section 3): their widths, as shares of the
     training. An average is called sigma_rel_0.05."""
+    snapshot_every: int = 0
+    """Optimizer steps between snapshots of two such averages or more, of which trainer.ema makes
+    any other width; 0 takes none."""
+    snapshot_precision: SnapshotPrecision = SnapshotPrecision.fp16
+    reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     use: str = ""
     """The average that evaluate, sample and export take; empty takes the first."""
 

@@ -26,6 +26,7 @@ from trainer.preemption import REQUEUE_EXIT_CODE, StopRequest
 from trainer.retention import Retention
 from trainer.run_folder import QUARANTINE
 from trainer.runs import describe, open_run
+from trainer.snapshots import Snapshots
 from trainer.tasks import TrainingTask
 
 
@@ -92,6 +93,7 @@ class Run:
         self.evaluations: dict[int, dict[str, float | str]] = {}
         step, kept = self.progress.step, Retention.of(config.checkpoint)
         self.checkpoints = CheckpointWriter(self.folder / "checkpoints", ranks, kept, step)
+        self.snapshots = Snapshots(config, ranks, step)
         self.callbacks = Callbacks(list(self._callbacks()) if ranks.is_main else [])
 
     def train(self, stop: StopRequest) -> int:
@@ -109,15 +111,19 @@ class Run:
                 self._log()
             if not progress.evaluated and not stopping:
                 stopping = not self._evaluate({}, stop)
+            self.snapshots.take(step, self.engine, self._about)
             if stopping:
                 return self._stop()
             if done or step % config.checkpoint.every == 0:
                 self._save()
-            if done:
-                self.checkpoints.finish()
+        self._finish_writing()
         for line in self.task.finish(self.engine.ema_weights(self.engine.averages[0]), self.folder):
             self._say(line)
         return 0
+
+    def _finish_writing(self) -> None:
+        self.checkpoints.finish()
+        self.snapshots.finish()
 
     def _must_stop(self) -> bool:
         return self.config.checkpoint.stop_on_failure and self.checkpoints.failed
@@ -125,6 +131,7 @@ class Run:
     def close(self) -> None:
         """Finish what is being written."""
         self.checkpoints.wait()
+        self.snapshots.wait()
         self.callbacks.close()
 
     def _steps(self) -> Iterator[list[Batch]]:
@@ -192,7 +199,7 @@ class Run:
 
     def _stop(self) -> int:
         self._save()
-        self.checkpoints.finish()
+        self._finish_writing()
         self._say(f"asked to stop: step {self.progress.step} is saved; the same command goes on")
         return REQUEUE_EXIT_CODE
 
@@ -207,16 +214,22 @@ class Run:
             {
                 **asdict(self.progress),
                 **self.engines.state(),
-                "images_seen": step * self.config.train.global_batch_size,
+                **self._about(),
                 "metrics": self.evaluations.get(step, {}),
                 "cursor": self.task.stream.cursor(step).to_json(),
                 "quarantine": [asdict(item) for item in self.task.stream.quarantine.rejected],
-                "task": self.task.state(),
                 "meter": self.meter.state(),
                 "world_size": self.ranks.world_size,
-                "config": describe(self.config),
             },
         )
+
+    def _about(self) -> dict[str, Any]:
+        """What weights do not say of themselves."""
+        return {
+            "images_seen": self.progress.step * self.config.train.global_batch_size,
+            "task": self.task.state(),
+            "config": describe(self.config),
+        }
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state

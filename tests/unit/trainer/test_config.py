@@ -50,6 +50,8 @@ def test_experiments_compose_and_are_named_after_their_file(experiment: str):
         ("ema.decays=[0.9,0.9]", "ema.decays=[0.9, 0.9] names an average twice"),
         ("ema.decays=[1]", "ema.decays=[1.0] must lie in [0, 1)"),
         ("ema.sigma_rels=[0.3]", "ema.sigma_rels=[0.3] must lie in (0, 0.28]"),
+        ("ema.snapshot_every=5", "ema.snapshot_every=5 needs two widths"),
+        ("ema.reconstruct.sigma_rel=1", "ema.reconstruct.sigma_rel=1.0 must lie in (0, 0.28]"),
         ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1"),
         ("checkpoint.keep_every=700", "checkpoint.keep_every=700 is no multiple"),
         ("precompute.task=1", "precompute.task=1"),

@@ -1,0 +1,86 @@
+"""Several averages in a run, and one of another width made after it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Workshop
+from trainer.checkpoint import chosen_checkpoint, latest_checkpoint
+from trainer.cli import load_config
+from trainer.config import Config
+from trainer.loop import fit
+from trainer.posthoc import reconstruct
+from trainer.sampling import draw
+
+ROOT = Path(__file__).parents[2]
+STEPS = 16
+TRAIN = [f"train.max_steps={STEPS}", "checkpoint.every=100", "optim.lr=3e-3", "data.flip=false"]
+
+
+def weights(config: Config, name: str) -> dict[str, torch.Tensor]:
+    found = latest_checkpoint(Path(config.run.dir) / "checkpoints")
+    assert found is not None
+    return found.average(name)[1]
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return sum((value - other[name]).square().sum().item() for name, value in one.items()) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def trained(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of a run with snapshots of two widths."""
+    widths = ["ema.sigma_rels=[0.05,0.1]", "ema.snapshot_every=2", "ema.snapshot_precision=fp32"]
+    run = tmp_path_factory.mktemp("snapshots")
+    overrides = workshop.overrides("emoji", *TRAIN, *widths, "ema.decays=[0.3,0.99]", run=run)
+    assert fit(load_config(overrides)) == 0
+    assert len(list((run / "ema" / "snapshots").iterdir())) == STEPS // 2
+    return overrides
+
+
+def test_another_width_is_that_of_a_run_that_kept_it(
+    trained: list[str], workshop: Workshop, tmp_path: Path
+):
+    true = workshop.config("emoji", *TRAIN, "ema.sigma_rels=[0.15]", run=tmp_path)
+    assert fit(true) == 0
+    made = subprocess.run(
+        [sys.executable, "-m", "trainer.ema", *trained, "ema.reconstruct.sigma_rel=0.15"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    path = Path(made.rpartition("checkpoint.load=")[2].strip())
+    assert path.name == f"step_{STEPS:08d}"
+
+    config = load_config([*trained, f"checkpoint.load={path}"])
+    expected, stored = weights(true, "sigma_rel_0.15"), weights(config, "sigma_rel_0.1")
+    name, found = chosen_checkpoint(config).average(config.ema.use)
+    assert name == "sigma_rel_0.15"
+    assert distance(found, expected) < 0.05 * distance(stored, expected)
+
+    config.sample.prompts, config.sample.out = ["a red circle"], str(tmp_path / "samples")
+    draw(config)
+    assert list((tmp_path / "samples").glob("*.png"))
+
+
+def test_each_average_can_be_chosen_and_the_first_is_the_default(trained: list[str]):
+    config = load_config(trained)
+    first, second = weights(config, "decay_0.3"), weights(config, "decay_0.99")
+    assert distance(weights(config, ""), first) == 0
+    assert distance(first, second) > 0
+
+
+def test_a_run_cannot_begin_an_average_half_way(trained: list[str]):
+    config = load_config([*trained, "ema.decays=[0.3,0.95]"])
+    with pytest.raises(ValueError, match=r"^ema: .* has no decay_0\.95: .*keep ema\.decays"):
+        fit(config)
+
+
+def test_without_snapshots_it_says_how_to_take_them(workshop: Workshop, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"train with ema\.sigma_rels=\[0\.05,0\.1\]"):
+        reconstruct(workshop.config("emoji", run=tmp_path))
