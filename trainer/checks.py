@@ -41,8 +41,11 @@ def to_config(tree: DictConfig) -> Config:
 
 
 def world_size() -> int:
-    """Ranks of this job, as the launcher says (torchrun or srun); 1 without one."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    """Ranks of this job, as the launcher says (torchrun or srun); 1 without one.
+
+    A process in a batch script or a shell of salloc is not one of the ranks that srun would start.
+    """
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def grad_accum_steps(config: Config, ranks: int) -> int:

@@ -30,6 +30,9 @@ from trainer.config import Config
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
+CRASH_EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h."""
+
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -39,7 +42,8 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
     A command that can be swept (-m) names what takes the config of each point, and what is told of
     all of them at the end: a list of (swept options, config).
     A wrong config, a missing file or unusable data ends in one line and exit code 1; the stack
-    trace follows where HYDRA_FULL_ERROR=1 asks for it.
+    trace follows where HYDRA_FULL_ERROR=1 asks for it. Anything else, such as a lost connection to
+    another rank, ends in a stack trace and exit code 70: another start may do better.
     """
     show_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
@@ -68,6 +72,9 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
             codes.append(_load(summary)(points) or 0)
     except USER_ERRORS as error:
         errors.append(error)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(CRASH_EXIT_CODE)
     if errors:
         if show_trace:
             traceback.print_exception(errors[0])

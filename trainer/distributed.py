@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from trainer.checks import world_size
+
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that waits for another gives up."""
@@ -94,12 +96,18 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def join() -> Ranks:
     """Join the job that torchrun or srun started; a plain process is a job of one.
 
-    Raises: OSError or RuntimeError of torch.distributed if the rendezvous fails.
+    Raises: ValueError if srun started several ranks and did not tell them where to meet; OSError or
+    RuntimeError of torch.distributed if they do not.
     """
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
-    world = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    world = world_size()
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"MASTER_ADDR and MASTER_PORT are not set for {world} ranks: "
+            "start them with sbatch slurm/train.sh or with torchrun"
+        )
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

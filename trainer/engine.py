@@ -8,6 +8,7 @@ state to parameters at stages 1 and 2.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ from deepspeed.utils import (
 )
 
 logger.setLevel(logging.ERROR)
+# DeepSpeed's own calls, which every rank would report
+warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam's state holds for each parameter."""

@@ -201,7 +201,8 @@ class Run:
         self._save()
         self._finish_writing()
         self._say(f"asked to stop: step {self.progress.step} is saved; the same command goes on")
-        return REQUEUE_EXIT_CODE
+        # srun kills the other ranks when one ends with a code: the last to leave is rank 0
+        return REQUEUE_EXIT_CODE if self.ranks.is_main else 0
 
     def _save(self) -> None:
         self._share_quarantine()
