@@ -1,35 +1,40 @@
 #!/usr/bin/env bash
-# Train on many nodes, one task a GPU; the same command again goes on from the last checkpoint.
+# Train on many nodes, one process a GPU; the same command again goes on from the last checkpoint.
 #
 #   sbatch --nodes=4 slurm/train.sh +experiment=laion_512 optim.lr=1e-4
 #
 # Submit from the project's folder. Arguments are passed on to `python -m trainer`.
-#SBATCH --job-name=latent-foundry
+#SBATCH --job-name=train
 #SBATCH --nodes=1
-#SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --output=slurm/logs/train-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@180
 set -euo pipefail
 
-# shellcheck source=slurm/cluster.env
-source slurm/cluster.env
-lf_setup
+# shellcheck source=slurm/common.sh
+source slurm/common.sh
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
+# One process checks the options, before many start, and says where the run lives.
+ranks=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))
+run=$(WORLD_SIZE=$ranks "$LF_PYTHON" -m trainer "$@" --cfg job --package run --resolve | sed -n "s/^dir: //p")
 
-# Before Python has installed its handler, Slurm's warning must not kill a rank.
+newest() {
+  find "$run/checkpoints" -maxdepth 1 -name "step_*" 2>/dev/null | sort | tail -n 1 | grep . ||
+    echo "the start of $run"
+}
+
+before=$(newest)
+lf_start_at "$before"
+lf_rendezvous
 code=0
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' rank \
-  "$LF_PYTHON" -m trainer "$@" || code=$?
+lf_srun --kill-on-bad-exit=1 slurm/rank.sh "$LF_PYTHON" -m trainer "$@" || code=$?
 
-# 85: stopped early with a checkpoint, because the time limit or a preemption was near.
-if [[ $code -eq 85 ]]; then
-  scontrol requeue "$SLURM_JOB_ID"
+# 1: an error that somebody has to mend, unless the run had come further before it. All else is worth
+# another start: 85 stopped early with a checkpoint, as the time limit or a preemption was near,
+# 70 crashed, 86 hung, over 128 a signal killed a rank.
+after=$(newest)
+if [[ $code -gt 1 || ($code -eq 1 && $after != "$before") ]]; then
+  lf_requeue "exit code $code at $after"
 fi
 exit "$code"
