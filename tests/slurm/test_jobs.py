@@ -1,0 +1,91 @@
+"""The job scripts on a real cluster: an array of latents, the one log, and an end to restarts."""
+
+import os
+import signal
+from pathlib import Path
+
+from tests.latent_jobs import TINY, folder_hashes, make_job
+from tests.slurm.conftest import Project, python_processes
+from trainer.latents import precompute
+
+SHARDS = 120
+
+
+def test_a_latent_array_with_a_killed_task_completes(project: Project, tmp_path: Path):
+    precompute(make_job(tmp_path, samples=2 * SHARDS, shard_samples=2))
+    final = folder_hashes(tmp_path / "latents")
+    latents = tmp_path / "array"
+    overrides = [
+        "+experiment=emoji",
+        f"data.dir={tmp_path}",
+        f"data.latents={latents}",
+        f"autoencoder.weights={tmp_path / 'first_stage.safetensors'}",
+        *TINY,
+    ]
+    job = project.submit("--array=0-1", "slurm/precompute.sh", *overrides)
+    # its own number is that of the whole array: the other task must not start again with it
+    last = f"{job}_1"
+    project.wait(last, lambda: finished(latents, 1) > 0, "a shard of task 1")
+    (process,) = python_processes(f"data.latents={latents}", "precompute.task=1")
+    os.kill(process.pid, signal.SIGKILL)
+    assert finished(latents, 1) < SHARDS // 2
+    assert project.ended(f"{job}_0")["Restarts"] == "0"
+    assert project.ended(last)["Restarts"] == "1"
+    assert folder_hashes(latents) == final
+
+
+def finished(latents: Path, task: int) -> int:
+    """Shards that one of two tasks has finished."""
+    names = [path.name for path in latents.glob("*.receipt.json")]
+    return sum(int(name.partition(".")[0][-6:]) % 2 == task for name in names)
+
+
+def stand_in(folder: Path, body: str) -> str:
+    """A program in Python's place; it tells the run folder, and does `body` as a rank."""
+    program = folder / "python"
+    asked = f'if [[ "$*" == *--cfg* ]]; then echo "dir: {folder}"; exit; fi'
+    program.write_text(f"#!/usr/bin/env bash\n{asked}\n{body}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_a_job_that_dies_at_the_same_step_again_and_again_ends_and_says_so(
+    project: Project, tmp_path: Path
+):
+    newest = tmp_path / "checkpoints" / "step_00000500"
+    newest.mkdir(parents=True)
+    python = stand_in(tmp_path, "kill -SEGV $$")
+    job = project.submit(
+        "--nodes=2", "slurm/train.sh", "+experiment=emoji", LF_PYTHON=python, LF_STALLED_STARTS="2"
+    )
+    assert project.ended(job, "FAILED")["Restarts"] == "2"
+    said = project.log(job)
+    assert said.count("goes back into the queue: exit code 139 at") == 2
+    assert (
+        f"error: 2 starts of job {job} got no further than {tmp_path}/checkpoints/step_00000500"
+        in said
+    )
+
+
+def test_a_log_has_lines_of_rank_0_as_they_are_and_the_others_behind_their_names(
+    project: Project, tmp_path: Path
+):
+    """An error of one rank ends the job with its code, whatever that does to the others."""
+    python = stand_in(
+        tmp_path,
+        'echo "I am $SLURM_PROCID of $SLURM_STEP_NUM_TASKS on GPU $SLURM_LOCALID of'
+        ' $CUDA_VISIBLE_DEVICES: $MASTER_ADDR, $*"\n'
+        'if ((SLURM_PROCID == 2)); then echo "error: no" >&2; exit 1; fi\nsleep 60',
+    )
+    words = ["+experiment=emoji", "sample.prompts=[a red heart, an owl]"]
+    options = ["--nodes=2", "--gpus-per-node=2", "--nodelist=node[1-2]"]
+    job = project.submit(*options, "slurm/train.sh", *words, LF_PYTHON=python)
+    shown = project.ended(job, "FAILED")
+    assert (shown["Restarts"], shown["ExitCode"]) == ("0", "1:0")
+    said = project.log(job).splitlines()
+    call = "of 0,1: node1, -m trainer +experiment=emoji sample.prompts=[a red heart, an owl]"
+    assert f"I am 0 of 4 on GPU 0 {call}" in said
+    assert f"[rank 1, node1] I am 1 of 4 on GPU 1 {call}" in said
+    assert f"[rank 2, node2] I am 2 of 4 on GPU 0 {call}" in said
+    assert f"[rank 3, node2] I am 3 of 4 on GPU 1 {call}" in said
+    assert "[rank 2, node2] error: no" in said

@@ -1,0 +1,201 @@
+"""A training on a real cluster, through all that a cluster does to it: the loss curve stays.
+
+The scenarios take minutes of waiting and little work, so they run side by side.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Workshop, losses
+from tests.slurm.conftest import Project, python_processes
+from trainer.checkpoint import latest_checkpoint
+from trainer.loop import fit
+
+STEPS = 60
+TRAIN = [f"train.max_steps={STEPS}", "checkpoint.every=20", "train.micro_batch_size=2"]
+TWO_NODES = ("--nodes=2", "--nodelist=node[1-2]")
+
+
+class Stage:
+    """Where a scenario plays: its run folder and the jobs that it submits."""
+
+    def __init__(self, name: str, project: Project, workshop: Workshop, folder: Path) -> None:
+        self.project, self.cluster = project, project.cluster
+        self.run = folder / name
+        self._overrides = workshop.overrides("emoji", *TRAIN, run=self.run)
+
+    def train(self, *options: str) -> str:
+        return self.project.submit(*options, "slurm/train.sh", *self._overrides)
+
+    def evaluate(self, *options: str) -> str:
+        return self.project.submit(*options, "slurm/evaluate.sh", *self._overrides)
+
+    def restarts(self, job: str) -> int:
+        return int(self.cluster.job(job)["Restarts"])
+
+    def wait_for_restart(self, job: str, number: int) -> None:
+        self.project.wait(job, lambda: self.restarts(job) >= number, f"restart {number}")
+
+    def wait_for_step(self, job: str, step: int) -> None:
+        def reached() -> bool:
+            log = self.run / "metrics.jsonl"
+            return log.exists() and max(losses(self.run), default=0) >= step
+
+        self.project.wait(job, reached, f"step {step}")
+
+    def hold_until_warned(self, job: str, number: int) -> None:
+        """Let rank 1 stand still, wherever it is, until rank 0 hears a warning."""
+
+        def warned() -> bool:
+            return self.project.log(job).count("SIGUSR1: stopping") >= number
+
+        first = max(losses(self.run), default=0) if number > 1 else 0
+        self.wait_for_step(job, first + 1)
+        ranks = python_processes(f"run.dir={self.run}", SLURM_PROCID="1")
+        with suppress(psutil.NoSuchProcess):  # it may have heard the warning, and be gone
+            for rank in ranks:
+                rank.suspend()
+        self.project.wait(job, warned, f"warning {number}")
+        with suppress(psutil.NoSuchProcess):
+            for rank in ranks:
+                rank.resume()
+
+
+def two_nodes(stage: Stage) -> None:
+    """To the end; an evaluation has waited for it."""
+    job = stage.train(*TWO_NODES)
+    evaluation = stage.evaluate(f"--dependency=afterok:{job}", *TWO_NODES)
+    stage.project.ended(job)
+    stage.project.ended(evaluation)
+    assert "num_samples  4" in stage.project.log(evaluation)
+    assert len(list(stage.run.glob("evaluations/*.json"))) == 1
+
+
+def four_nodes(stage: Stage) -> None:
+    """To the end."""
+    stage.project.ended(stage.train("--nodes=4"))
+
+
+def time_limit(stage: Stage) -> None:
+    """Near twice. Slurm looks every 30 s, so a warning that is due at once comes soon."""
+    job = stage.train(*TWO_NODES, "--time=2", "--signal=USR1@120")
+    for restart in (1, 2):
+        stage.hold_until_warned(job, restart)
+        stage.wait_for_restart(job, restart)
+    stage.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    stage.project.ended(job)
+    assert stage.restarts(job) == 2
+    said = stage.project.log(job)
+    assert said.count("SIGUSR1: stopping after this step") == 2
+    assert said.count("is saved; the same command goes on") == 2
+    assert said.count("going on from") == 2
+
+
+def preempted(stage: Stage) -> None:
+    """By a job of a higher partition that needs the memory of one node."""
+    job = stage.train("--partition=preemptible", "--mem=10000", *TWO_NODES)
+    stage.wait_for_step(job, 2)
+    urgent = ("--partition=urgent", "--nodelist=node1", "--mem=10000", "--output=/dev/null")
+    stage.project.ended(stage.project.submit(*urgent, "--wrap=hostname"))
+    stage.project.ended(job)
+    assert stage.restarts(job) == 1
+    said = stage.project.log(job)
+    assert "is saved; the same command goes on" in said
+    assert "going on from" in said
+
+
+def dead_nodes(stage: Stage) -> None:
+    """The node of the batch script, and when that is back, another one."""
+    job = stage.train("--nodes=2", "--exclude=node1")
+    stage.wait_for_step(job, 25)
+    assert stage.cluster.job(job)["NodeList"] == "node[3-4]"
+    stage.cluster.fail("node3")
+    stage.wait_for_restart(job, 1)
+    stage.wait_for_step(job, 45)
+    assert stage.cluster.job(job)["NodeList"] == "node[2,4]"
+    stage.cluster.restore("node3")
+    stage.cluster.fail("node4")
+    stage.project.ended(job)
+    assert stage.cluster.job(job)["NodeList"] == "node[2-3]"
+    stage.cluster.restore("node4")
+    assert stage.project.log(job).count("going on from") == 2
+
+
+def cancelled(stage: Stage) -> None:
+    """For good: nothing puts it back into the queue."""
+    job = stage.train(*TWO_NODES)
+    stage.wait_for_step(job, 2)
+    stage.cluster.run("scancel", job)
+    stage.project.ended(job, "CANCELLED")
+    assert stage.restarts(job) == 0
+
+
+Scenario = Callable[[Stage], None]
+# Those of a line follow one another: no other job is on the nodes that die.
+LINES: list[list[Scenario]] = [
+    [four_nodes, dead_nodes],
+    [time_limit],
+    [two_nodes, preempted, cancelled],
+]
+TO_THE_END = [one.__name__ for line in LINES for one in line if one is not cancelled]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process, left alone."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert fit(workshop.config("emoji", *TRAIN, run=run)) == 0
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    return run
+
+
+@pytest.fixture(scope="module")
+def played(
+    project: Project,
+    workshop: Workshop,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[dict[str, tuple[Stage, Future[None]]]]:
+    """The scenarios of the tests that are to run."""
+    folder = tmp_path_factory.mktemp("runs")
+    chosen = " ".join(item.name for item in request.session.items)
+    futures = {}
+    with ExitStack() as stack:
+        for line in LINES:
+            worker = stack.enter_context(ThreadPoolExecutor(1))
+            for scenario in (one for one in line if f"[{one.__name__}]" in chosen):
+                stage = Stage(scenario.__name__, project, workshop, folder)
+                futures[scenario.__name__] = stage, worker.submit(scenario, stage)
+        yield futures
+
+
+@pytest.mark.parametrize("scenario", TO_THE_END)
+def test_the_run_is_that_of_one_undisturbed_process(scenario: str, played, undisturbed: Path):
+    stage, future = played[scenario]
+    future.result()
+    assert_close(losses(stage.run), losses(undisturbed))
+    ours, theirs = [latest_checkpoint(run / "checkpoints") for run in (stage.run, undisturbed)]
+    assert ours is not None
+    assert theirs is not None
+    for key in ("step", "cursor", "images_seen", "skipped_steps", "quarantine"):
+        assert ours.state[key] == theirs.state[key]
+
+
+@pytest.mark.parametrize("scenario", [cancelled.__name__])
+def test_scancel_ends_a_run_for_good(scenario: str, played, undisturbed: Path):
+    stage, future = played[scenario]
+    future.result()
+    whole = losses(undisturbed)
+    cut = losses(stage.run)
+    assert 2 <= len(cut) < STEPS
+    assert_close(cut, {step: whole[step] for step in cut})
+
+
+def assert_close(ours: dict[int, float], theirs: dict[int, float]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert max(abs(ours[step] - theirs[step]) for step in ours) < 1e-5
