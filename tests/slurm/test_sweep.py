@@ -1,0 +1,33 @@
+"""A sweep whose points are jobs of a real cluster, killed half-way and started again."""
+
+from pathlib import Path
+
+from tests import sweeps
+from tests.conftest import Workshop
+from tests.slurm.cluster import Cluster
+
+LAUNCHER = [
+    "hydra/launcher=submitit_slurm",
+    "hydra.launcher.partition=gpu",
+    "hydra.launcher.cpus_per_task=1",
+    "hydra.launcher.timeout_min=10",
+    "hydra.launcher.array_parallelism=3",
+    "hydra.launcher.name=sweep",
+]
+
+
+def test_a_sweep_of_jobs_is_killed_half_way_and_ends_with_the_same_table(
+    cluster: Cluster, workshop: Workshop, tmp_path: Path
+):
+    run = tmp_path / "run"
+    command = [*sweeps.train(workshop, run), *LAUNCHER]
+    sweeps.kill_half_way(sweeps.start(command, cluster.environment), run)
+    cluster.run("scancel", "--name=sweep")
+    done = len(sweeps.points(run))
+    assert 4 <= done < 12
+    again = sweeps.start(command, cluster.environment)
+    output, _ = again.communicate(timeout=400)
+    assert again.returncode == 0, output
+    expected = sweeps.expected_table(workshop, run, tmp_path / "copy")
+    sweeps.assert_same_tables(sweeps.table(run), expected)
+    assert cluster.run("squeue", "--noheader", "--name=sweep") == ""
