@@ -19,8 +19,8 @@ from trainer.config import Config, Features, Metric, Precision, Task
 TEXT_KINDS = (ConditionerKind.text, ConditionerKind.transformers)
 
 
-def to_config(tree: DictConfig) -> Config:
-    """Turn the tree into dataclasses.
+def to_config(tree: DictConfig, ranks: int = 1) -> Config:
+    """Turn the tree into dataclasses; ranks: those that share the training's batch.
 
     Raises: ValueError that lists every missing value, or every contradiction, by config path.
     """
@@ -34,7 +34,7 @@ def to_config(tree: DictConfig) -> Config:
         raise ValueError(f"no value for {', '.join(missing)}")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
-    problems = list(_contradictions(config))
+    problems = list(_contradictions(config, ranks))
     if problems:
         raise ValueError("; ".join(problems))
     return config
@@ -89,8 +89,8 @@ def _paths(section: Any, prefix: str = "") -> Iterator[str]:
             yield from _paths(kind, f"{prefix}{name}.")
 
 
-def _contradictions(config: Config) -> Iterator[str]:
-    yield from _batch_arithmetic(config)
+def _contradictions(config: Config, ranks: int) -> Iterator[str]:
+    yield from _batch_arithmetic(config, ranks)
     if config.deepspeed.stage not in (0, 1, 2, 3):
         yield f"deepspeed.stage={config.deepspeed.stage}: ZeRO has stages 0, 1, 2 and 3"
     if config.deepspeed.stage == 0 and config.train.precision is Precision.bf16:
@@ -108,8 +108,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield from _diffusion(config)
 
 
-def _batch_arithmetic(config: Config) -> Iterator[str]:
-    ranks, total = world_size(), config.train.global_batch_size
+def _batch_arithmetic(config: Config, ranks: int) -> Iterator[str]:
+    total = config.train.global_batch_size
     micro, lanes = config.train.micro_batch_size, config.data.lanes
     if min(total, micro, lanes) < 1:
         yield "train.global_batch_size, train.micro_batch_size and data.lanes must be positive"

@@ -25,9 +25,11 @@ import conf
 import data
 import models
 import trainer
-from trainer.checks import explain, to_config
+from trainer.checks import explain, to_config, world_size
 from trainer.config import Config
 
+TRAINING = "trainer.loop:fit"
+"""Its ranks share the global batch; those of other commands may be any number."""
 USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
 CRASH_EXIT_CODE = 70
@@ -47,6 +49,7 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
     """
     show_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting
+    ranks = world_size() if target == TRAINING else 1
     codes: list[int] = []
     errors: list[Exception] = []
     sweeps = bool(summary) and bool({"-m", "--multirun"} & set(sys.argv))
@@ -55,7 +58,7 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
 
     def job(tree: DictConfig) -> None:
         try:
-            config = to_config(tree)
+            config = to_config(tree, ranks)
             codes.append(_load(target)(config) or 0)
         except USER_ERRORS as error:  # past this frame Hydra would add lines of its own
             errors.append(error)
@@ -65,7 +68,7 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
     try:
         _refuse_intruders()
         if "--cfg" in sys.argv or "-c" in sys.argv:
-            _check_command_line()
+            _check_command_line(ranks)
         points = _points(sys.argv[1:]) if sweeps else []  # all are checked before any is run
         hydra.main(config_path="pkg://conf", config_name="config", version_base="1.3")(job)()
         if sweeps:
@@ -82,18 +85,18 @@ def main(target: str, *, point: str = "", summary: str = "") -> None:
     sys.exit(max(codes, default=0))
 
 
-def load_config(overrides: list[str]) -> Config:
-    """Compose and check a config from Python, as the commands do.
+def load_config(overrides: list[str], ranks: int = 1) -> Config:
+    """Compose and check a config from Python, as the commands do; ranks: those that train.
 
     Raises: HydraException, OmegaConfBaseException or ValueError, as `main` would report them.
     """
     with initialize_config_module("conf", version_base="1.3"):
-        return to_config(compose("config", overrides))
+        return to_config(compose("config", overrides), ranks)
 
 
-def _check_command_line() -> None:
+def _check_command_line(ranks: int) -> None:
     """`--cfg` prints without running the job, so what it prints is checked here."""
-    load_config([word for word in sys.argv[1:] if "=" in word and not word.startswith("-")])
+    load_config([word for word in sys.argv[1:] if "=" in word and word[0] != "-"], ranks)
 
 
 def _points(words: list[str]) -> list[tuple[dict[str, str], Config]]:

@@ -108,10 +108,15 @@ def test_no_experiment_says_so():
         load_config([])
 
 
-def test_the_batch_must_divide_among_the_launched_ranks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+def test_the_batch_must_divide_among_the_launched_ranks_of_a_training(
+    monkeypatch: pytest.MonkeyPatch,
+):
     with pytest.raises(ValueError, match=r"x 3 rank\(s\)"):
-        load_config(["+experiment=emoji"])
+        load_config(["+experiment=emoji"], ranks=3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = ("+experiment=emoji", "--cfg", "job")
+    assert "x 3 rank(s)" in command(*options).stderr
+    assert "num_samples" in command(*options, module="trainer.evaluate").stdout
 
 
 def command(*words: str, module: str = "trainer") -> subprocess.CompletedProcess[str]:

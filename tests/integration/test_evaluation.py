@@ -1,0 +1,200 @@
+"""Evaluations beside a training, within it, after it, and on any number of ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import Workshop, losses
+from trainer.callbacks.jsonl import JsonLines
+from trainer.checkpoint import latest_checkpoint
+from trainer.evaluation import evaluate, make_references
+from trainer.loop import fit
+
+ROOT = Path(__file__).parents[2]
+MEASURE = [
+    "eval.features=[efficientnet_lite0,open_clip]",
+    "eval.metrics=[frechet,kid,precision_recall,cmmd]",
+    "eval.clip_score=true",
+    "eval.kid_subset_size=8",
+    "eval.num_samples=11",
+    "eval.batch_size=3",
+]
+TRAIN = ["train.max_steps=4", "checkpoint.every=2", "data.flip=false"]
+KEYS = {
+    "fd_efficientnet_lite0",
+    "fd_open_clip",
+    "kid_efficientnet_lite0",
+    "kid_efficientnet_lite0_std",
+    "kid_open_clip",
+    "kid_open_clip_std",
+    "precision_efficientnet_lite0",
+    "recall_efficientnet_lite0",
+    "precision_open_clip",
+    "recall_open_clip",
+    "cmmd",
+    "clip_score",
+    "clip_score_stderr",
+    "clip_score_shuffled",
+}
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if name in KEYS}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quiet(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that is evaluated at its end alone, by nothing but a picture."""
+    run = tmp_path_factory.mktemp("quiet")
+    assert fit(workshop.config("emoji", *TRAIN, run=run)) == 0
+    return run
+
+
+def test_evaluations_leave_the_training_as_it_is_bit_for_bit(
+    workshop: Workshop, quiet: Path, tmp_path: Path
+):
+    options = [*TRAIN, *MEASURE, "eval.every=1", "ema.decays=[0.999,0.05]"]
+    assert fit(workshop.config("emoji", *options, run=tmp_path)) == 0
+    assert losses(tmp_path) == losses(quiet)
+    ended = [latest_checkpoint(run / "checkpoints") for run in (quiet, tmp_path)]
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "buffer"):
+        one, other = (end.tensors(kind)[kind] for end in ended if end is not None)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+    evaluated = {line["step"]: line for line in lines(tmp_path) if "eval/cmmd" in line}
+    assert sorted(evaluated) == [0, 1, 2, 3, 4]
+    last = evaluated[4]
+    for prefix in ("eval/", "eval/decay_0.05/"):
+        assert {k.removeprefix(prefix) for k in last if k.removeprefix(prefix) in KEYS} == KEYS
+    assert last["eval/fd_open_clip"] != last["eval/decay_0.05/fd_open_clip"]
+    assert evaluated[0]["eval/fd_open_clip"] == evaluated[0]["eval/decay_0.05/fd_open_clip"]
+    protocol = read(tmp_path / "protocols" / f"{last['eval/protocol']}.json")
+    assert protocol["samples"]["num_samples"] == 11
+    assert set(protocol["features"]) == {"efficientnet_lite0", "open_clip"}
+
+
+def test_any_number_of_ranks_gives_the_same_samples_and_numbers(
+    workshop: Workshop, quiet: Path, tmp_path: Path
+):
+    found, samples = [], []
+    for ranks in (1, 2, 3, 4):
+        run = tmp_path / str(ranks)
+        options = [
+            *MEASURE,
+            f"checkpoint.load={quiet / 'checkpoints' / 'step_00000004'}",
+            f"eval.references={run / 'references'}",
+            "eval.keep_samples=true",
+        ]
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", *launcher, "trainer.evaluate"),
+                *workshop.overrides("emoji", *options, run=run),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (file,) = (run / "evaluations").glob("other_step_00000004_*.json")
+        found.append(read(file))
+        kept = sorted(file.with_suffix("").glob("*.png"))
+        samples.append([path.read_bytes() for path in kept])
+    assert [len(images) for images in samples] == [11] * 4
+    assert samples[1:] == samples[:1] * 3
+    assert set(numbers(found[0])) == KEYS
+    for other in found[1:]:
+        assert numbers(other) == pytest.approx(numbers(found[0]), abs=1e-6, rel=1e-6)
+        assert other["protocol"] == found[0]["protocol"]
+
+
+def test_an_evaluation_outlives_the_training_that_goes_on_from_before_it(
+    workshop: Workshop, tmp_path: Path
+):
+    offline = [*TRAIN, *MEASURE, "logger.wandb.mode=offline"]
+    assert fit(workshop.config("emoji", *TRAIN, "train.max_steps=2", run=tmp_path)) == 0
+    early = workshop.config("emoji", *offline, run=tmp_path)
+    evaluate(early)
+    (file,) = (tmp_path / "evaluations").glob("step_00000002_*.json")
+    (line,) = [line for line in lines(tmp_path) if "eval/cmmd" in line]
+    assert line["step"] == 2
+    assert {f"eval/{k}": v for k, v in numbers(read(file)).items()}.items() <= line.items()
+    assert not list(tmp_path.glob("wandb")), "the training has steps left, and sends it itself"
+
+    # resumed at step 1: the lines of step 2 are cut, but for the evaluation's
+    JsonLines(tmp_path / "metrics.jsonl", 1)
+    assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [1]
+    assert [line for line in lines(tmp_path) if "eval/cmmd" in line] == [line]
+    JsonLines(tmp_path / "metrics.jsonl", 2)
+    assert lines(tmp_path).count(line) == 1
+
+    assert fit(early) == 0
+    assert lines(tmp_path).count(line) == 1
+    assert file.with_suffix(".sent").exists()
+    evaluate(workshop.config("emoji", *offline, "eval.seed=1", run=tmp_path))
+    records = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 2
+    ended = latest_checkpoint(tmp_path / "checkpoints")
+    assert ended is not None
+    sent = [values for record in records for values in history(record)]
+    assert all(record.stem == f"run-{ended.state['wandb_id']}" for record in records)
+    measured = [
+        (line["step"], line["eval/cmmd"]) for line in lines(tmp_path) if "eval/cmmd" in line
+    ]
+    assert [step for step, _ in measured] == [2, 4, 4]
+    assert [(v["step"], v["eval/cmmd"]) for v in sent if "eval/cmmd" in v] == measured
+
+
+def history(record: Path) -> list[dict[str, Any]]:
+    """What was logged, in W&B's own file."""
+    inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", record]
+    shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    entries = [json.loads(line) for line in shown.splitlines()]
+    return [entry["history"]["item"] for entry in entries if entry["type"] == "history"]
+
+
+def test_a_folder_of_images_is_measured_against_a_reference_made_beforehand(
+    workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = [
+        "eval.features=[efficientnet_lite0]",
+        "eval.metrics=[frechet,precision_recall]",
+        f"eval.references={tmp_path / 'references'}",
+        "eval.batch_size=7",
+    ]
+    make_references(workshop.config("emoji", *options, "eval.reference_samples=20", run=tmp_path))
+    assert "efficientnet_lite0: 20 images" in capsys.readouterr().out
+    (manifest,) = (tmp_path / "references").glob("*.json")
+    about = read(manifest)
+    assert (about["images"], about["rows"], about["image_size"]) == (20, 20, 32)
+    made = manifest.with_suffix(".safetensors").stat().st_mtime_ns
+
+    # the pictures that the data set was packed from, validation images included
+    images = [*options, f"eval.images={workshop.folder / 'pictures'}"]
+    evaluate(workshop.config("emoji", *images, "eval.reference_samples=20", run=tmp_path))
+    assert manifest.with_suffix(".safetensors").stat().st_mtime_ns == made
+    evaluate(workshop.config("emoji", *images, run=tmp_path))
+    results = [read(path) for path in (tmp_path / "evaluations").glob("images_pictures_*.json")]
+    few, whole = sorted(results, key=lambda values: -values["fd_efficientnet_lite0"])
+    assert few["protocol"] != whole["protocol"]
+    assert whole["num_samples"] == 48
+    assert whole["precision_efficientnet_lite0"] > few["precision_efficientnet_lite0"]
+    assert whole["fd_efficientnet_lite0"] < 0.5 * few["fd_efficientnet_lite0"]
