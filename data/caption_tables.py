@@ -11,14 +11,16 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from data.captions import JSON_FIELD
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """What a table says of one image."""
 
     caption: str
-    fields: dict[str, str | int | float | bool]
-    """The other columns, as far as they hold text or numbers."""
+    fields: dict[str, str | int | float | bool | list[str]]
+    """The other columns, as far as they hold text or numbers, and a list of `captions`."""
 
 
 def read_tables(folder: Path) -> dict[str, Row]:
@@ -45,7 +47,12 @@ def read_tables(folder: Path) -> dict[str, Row]:
 
 def _row(columns: Mapping[str, Any]) -> Row:
     others = {name: value for name, value in columns.items() if name not in ("file_name", "text")}
-    fields = {name: value for name, value in others.items() if isinstance(value, str | int | float)}
+    fields: dict[str, Any] = {
+        name: value for name, value in others.items() if isinstance(value, str | int | float)
+    }
+    captions = columns.get(JSON_FIELD)
+    if isinstance(captions, list) and all(isinstance(caption, str) for caption in captions):
+        fields[JSON_FIELD] = captions
     finite = {
         name: value
         for name, value in fields.items()

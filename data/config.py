@@ -55,6 +55,14 @@ class FilterConfig:
     missing: Missing = Missing.drop
 
 
+class CaptionForm(StrEnum):
+    """Where the captions of a sample are."""
+
+    text = "text"
+    lines = "lines"
+    json = "json"
+
+
 @dataclass(slots=True, kw_only=True)
 class MixtureConfig:
     """One of several sets of latents that share every batch."""
@@ -93,6 +101,10 @@ class DataConfig:
     """Side of the square image in pixels: short side resized, centre cropped."""
     flip: bool = False
     """Flip images left to right for half of the visits; stored latents need the flip variant."""
+    captions: CaptionForm = CaptionForm.text
+    """text: the .txt, or the class in .cls; lines: each line of the .txt is one; json: the list
+    `captions` in the .json. Of several, every visit in training draws one; elsewhere it is the
+    first."""
     store_text: bool = False
     """Whether latent shards carry the text encoder's output; else it runs while training."""
     lanes: int = 1

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from data import read_ahead
+from data.captions import choose_caption
 from data.codecs import BadSampleError
 from data.manifest import Kind
-from data.reader import StoredBatch, decode_caption, decode_square
-from data.stream import Request, Result, Rows, Stream
+from data.reader import StoredBatch, decode_square
+from data.stream import Request, Result, Rows, Stream, Visits
 
 
 class ImageStream(Stream):
@@ -24,16 +25,16 @@ class ImageStream(Stream):
         depth = self.config.prefetch
         return read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
 
-    def _read(self, samples: StoredBatch, flip: np.ndarray) -> Rows:
-        side = self.config.image_size
+    def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
+        side, form = self.config.image_size, self.config.captions
         images = np.empty((len(samples), side, side, 3), np.uint8)
         captions = [""] * len(samples)
         rows = Rows(keys=samples.keys(), captions=captions, arrays={"images": images}, bad={})
         for row, stored in enumerate(samples):
             try:
                 pixels = decode_square(stored, side)
-                images[row] = pixels[:, ::-1] if flip[row] else pixels
-                captions[row] = decode_caption(stored)
+                images[row] = pixels[:, ::-1] if visits.flip[row] else pixels
+                captions[row] = choose_caption(stored.member, form, visits.draw[row])
             except BadSampleError as error:
                 rows.reject(row, stored, error)
         return rows

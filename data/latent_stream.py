@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from data.captions import choose_caption
 from data.codecs import BadSampleError, decode_npy
-from data.config import DataConfig
+from data.config import CaptionForm, DataConfig
 from data.manifest import Kind, Manifest, ManifestError
 from data.mixture import MixturePlan, join_latents, share_lanes
 from data.plan import LanePlan
-from data.reader import ArrayLayout, StoredBatch, decode_caption
-from data.stream import Rows, Stream, shard_sizes
+from data.reader import ArrayLayout, StoredBatch
+from data.stream import Rows, Stream, Visits, shard_sizes
 
 
 class LatentStream(Stream):
@@ -79,9 +80,21 @@ class LatentStream(Stream):
                     return ArrayLayout.of(text.dtype, text.shape)
         raise ValueError(f"{self.option}: no sample has text embeddings [T, D] of float16")
 
-    def _read(self, samples: StoredBatch, flip: np.ndarray) -> Rows:
+    def _captions(self, samples: StoredBatch, draws: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Return captions, of meaning only where the second, [B] bool, says so."""
+        if self.config.captions is CaptionForm.text:
+            return samples.texts(samples.members("txt", "cls"))
+        captions, sound = [""] * len(samples), np.zeros(len(samples), bool)
+        for row, (stored, draw) in enumerate(zip(samples, draws.tolist(), strict=True)):
+            with suppress(BadSampleError):
+                captions[row] = choose_caption(stored.member, self.config.captions, draw)
+                sound[row] = True
+        return captions, sound
+
+    def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         """Read all at once, then one by one those that are unlike the others."""
-        captions, sound = samples.texts(samples.members("txt", "cls"))
+        flip = visits.flip
+        captions, sound = self._captions(samples, visits.draw)
         rows = Rows(keys=samples.keys(), captions=captions, arrays={}, bad={})
         for name, layout in self._layouts.items():
             members = samples.members(f"{name}.npy")
@@ -100,7 +113,9 @@ class LatentStream(Stream):
                     if (array.dtype, array.shape) != (layout.dtype, layout.shape):
                         raise BadSampleError(f"{name} of {array.dtype} {array.shape}")
                     rows.arrays[name][row] = array
-                captions[row] = decode_caption(stored)
+                captions[row] = choose_caption(
+                    stored.member, self.config.captions, visits.draw[row]
+                )
             except BadSampleError as error:
                 rows.reject(row, stored, error)
         return rows

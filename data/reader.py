@@ -67,6 +67,14 @@ class StoredSample(NamedTuple):
         column = self.shard.members.get(extension)
         return column is not None and bool(column["offset"][self.row])
 
+    def member(self, extension: str) -> memoryview | None:
+        """Return a member's bytes, without a copy; None if the sample has no such member.
+
+        Raises:
+            BadSampleError: its bytes are not those indexed.
+        """
+        return self.payload(extension) if self.has(extension) else None
+
     def payload(self, extension: str) -> memoryview:
         """Return a member's bytes, without a copy.
 
@@ -317,12 +325,3 @@ def decode_square(sample: StoredSample, size: int) -> NDArray[np.uint8]:
         if sample.has(extension):
             return square(decode_image(sample.payload(extension)), size)
     raise BadSampleError("no image")
-
-
-def decode_caption(sample: StoredSample) -> str:
-    """Read a sample's caption or class.
-
-    Raises:
-        BadSampleError: it has none, or none that can be read.
-    """
-    return decode_text(sample.payload("txt" if sample.has("txt") else "cls"))

@@ -6,13 +6,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from data import read_ahead
 from data.cache import Prefetcher
+from data.captions import choose_caption
 from data.codecs import BadSampleError
 from data.config import DataConfig
 from data.cursor import VERSION, Cursor
@@ -20,10 +21,12 @@ from data.manifest import Kind, Manifest, ManifestError, Rejected
 from data.mixture import MixturePlan
 from data.plan import Ids, LanePlan
 from data.quarantine import Quarantine
-from data.reader import ShardReader, StoredBatch, StoredSample, decode_caption
+from data.reader import ShardReader, StoredBatch, StoredSample
 
 Flips = Callable[[Ids, Ids], np.ndarray]
 """(epoch [B], index [B]) → [B] bool: whether each visit is mirrored."""
+Draws = Callable[[Ids, Ids], np.ndarray]
+"""(epoch [B], index [B]) → [B] from [0, 1): which of its captions each visit takes."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +45,19 @@ class Batch:
     float16, as stored."""
 
 
+class Visits(NamedTuple):
+    """How samples are seen this time."""
+
+    flip: np.ndarray
+    """[B] bool: mirrored."""
+    draw: np.ndarray
+    """[B] from [0, 1): which of its captions each has."""
+
+    def part(self, rows: slice) -> "Visits":
+        """Return some of them."""
+        return Visits(self.flip[rows], self.draw[rows])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A micro batch to read; `place` is that of its first sample in the global batch."""
@@ -50,7 +66,7 @@ class Request:
     place: int
     epoch: Ids
     index: Ids
-    flip: np.ndarray
+    visits: Visits
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,6 +120,7 @@ class Stream(ABC):
         rank: This process among `world`.
         world: Processes that share the global batch.
         flips: Which visits are mirrored; None: none.
+        draws: Which of several captions each visit takes; None: the first.
         command: What makes the data set, for errors.
 
     Raises:
@@ -123,6 +140,7 @@ class Stream(ABC):
         rank: int,
         world: int,
         flips: Flips | None = None,
+        draws: Draws | None = None,
         command: str = "",
     ) -> None:
         option = _option_of(dataset_dir, data_config)
@@ -135,7 +153,8 @@ class Stream(ABC):
             )
         self.reader = ShardReader(folder, self.manifest, data_config.cache)
         self.quarantine = Quarantine(self.num_samples, data_config.max_rejected_share, self.option)
-        self._seed, self._rank, self._world, self._flips = seed, rank, world, flips
+        self._seed, self._rank, self._world = seed, rank, world
+        self._flips, self._draws = flips, draws
         self._global_batch, self._micro_batch = global_batch, micro_batch
 
     @property
@@ -182,11 +201,14 @@ class Stream(ABC):
     def read(self, index: Ids) -> Batch:
         """Read samples by number, as they are; bad ones are left out and noted in `quarantine`.
 
+        Of several captions the first is taken.
+
         Raises:
             ValueError: none is left, or more than data.max_rejected_share of all are bad.
         """
         index = np.asarray(index, np.int64)
-        rows = self._read(self.reader.find(index), np.zeros(len(index), bool))
+        as_they_are = Visits(np.zeros(len(index), bool), np.zeros(len(index)))
+        rows = self._read(self.reader.find(index), as_they_are)
         self.quarantine.meet(rows.bad.values())
         kept = [row for row in range(len(index)) if row not in rows.bad]
         if not kept:
@@ -194,12 +216,13 @@ class Stream(ABC):
         return self._batch(rows.take(kept), np.zeros(len(kept), np.int64), index[kept])
 
     def captions(self, index: Ids) -> list[str]:
-        """Read the captions of samples by number, without their tensors.
+        """Read the captions of samples by number, the first of each, without their tensors.
 
         Raises:
             BadSampleError: a caption cannot be read.
         """
-        return [decode_caption(stored) for stored in self.reader.find(np.asarray(index, np.int64))]
+        found, form = self.reader.find(np.asarray(index, np.int64)), self.config.captions
+        return [choose_caption(stored.member, form) for stored in found]
 
     def _load(self, folder: str) -> tuple[str, Manifest]:
         """Return where the shards are, and their manifest."""
@@ -227,7 +250,10 @@ class Stream(ABC):
                 shards = self._shards(step, steps_ahead=block_steps)
                 prefetcher.want(self.reader.remote_files(shards))
             epoch, index = self.plan.rank_slice(step, self._rank, self._world)
-            flip = np.zeros(share, bool) if self._flips is None else self._flips(epoch, index)
+            visits = Visits(
+                np.zeros(share, bool) if self._flips is None else self._flips(epoch, index),
+                np.zeros(share) if self._draws is None else self._draws(epoch, index),
+            )
             for start in range(0, share, self._micro_batch):
                 part = slice(start, start + self._micro_batch)
                 yield Request(
@@ -235,7 +261,7 @@ class Stream(ABC):
                     place=self._rank * share + start,
                     epoch=epoch[part],
                     index=index[part],
-                    flip=flip[part],
+                    visits=visits.part(part),
                 )
 
     def _shards(self, step: int, *, steps_ahead: int) -> Ids:
@@ -248,12 +274,12 @@ class Stream(ABC):
         """Read a micro batch; the next usable sample of its block stands in for a bad one."""
         if self.reader.is_remote:
             self.reader.keep(self._shards(request.step, steps_ahead=0))
-        rows = self._read(self.reader.find(request.index), request.flip)
+        rows = self._read(self.reader.find(request.index), request.visits)
         rejected = list(rows.bad.values())
         for row in rows.bad:
             for substitute in self.plan.substitutes(request.step, request.place + row):
                 stored = self.reader.find(np.array([substitute]))
-                other = self._read(stored, request.flip[row : row + 1])
+                other = self._read(stored, request.visits.part(slice(row, row + 1)))
                 rejected += other.bad.values()
                 if not other.bad:
                     rows.replace(row, other)
@@ -274,8 +300,8 @@ class Stream(ABC):
         )
 
     @abstractmethod
-    def _read(self, samples: StoredBatch, flip: np.ndarray) -> Rows:
-        """Read samples, mirrored where `flip` says so."""
+    def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
+        """Read samples as each visit sees them."""
 
     def _finish(self, stack: torch.Tensor) -> torch.Tensor:
         """Turn stacked arrays into those of a batch."""

@@ -11,6 +11,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import CaptionForm
 from models.checks import conditioner_problems, diffusion_problems, sampler_problems
 from models.config import ConditionerKind
 from trainer.averages import WIDEST
@@ -243,6 +244,11 @@ def _diffusion(config: Config) -> Iterator[str]:
         yield "eval.clip_score needs conditioner.kind=text"
     if config.data.store_text and kind not in TEXT_KINDS:
         yield "data.store_text needs conditioner.kind=text or transformers"
+    if config.data.store_text and config.data.captions is not CaptionForm.text:
+        yield (
+            f"data.store_text keeps the tokens of one caption, but data.captions="
+            f"{config.data.captions} draws one of several: set data.store_text=false"
+        )
     yield from diffusion_problems(config.diffusion)
     yield from sampler_problems(config.sampler, config.diffusion)
     if not 0 < config.sample.strength <= 1:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.codecs import CAPTION_EXTENSIONS, BadSampleError, decode_text
+from data.captions import choose_caption
+from data.codecs import CAPTION_EXTENSIONS, BadSampleError
 from data.manifest import Manifest, Rejected, Shard
 from data.read_ahead import with_processes, with_thread
 from data.reader import ShardReader, decode_square
@@ -47,7 +48,7 @@ class Decoder:
     """Decodes and transforms images."""
 
     def __init__(self, config: Config, images: Manifest) -> None:
-        self._size = config.data.image_size
+        self._size, self._captions = config.data.image_size, config.data.captions
         self._reader = ShardReader(config.data.train, images, config.data.cache)
 
     def __call__(self, piece: Piece) -> tuple[Samples, Tensor]:
@@ -64,7 +65,7 @@ class Decoder:
                     for extension in COPIED_EXTENSIONS
                     if sample.has(extension)
                 }
-                caption = _caption(members)
+                caption = choose_caption(members.get, self._captions)
                 image = decode_square(sample, self._size)
             except BadSampleError as error:
                 rejected.append(
@@ -114,10 +115,3 @@ def decode(
                 f"precompute.workers: one of {workers} decoding processes died, perhaps for lack "
                 "of memory; fewer workers or a smaller precompute.batch_size need less"
             ) from error
-
-
-def _caption(members: dict[str, bytes]) -> str:
-    for extension in CAPTION_EXTENSIONS:
-        if extension in members:
-            return decode_text(members[extension])
-    raise BadSampleError("no caption")

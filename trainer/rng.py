@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     sampler_step = 6
     choice = 7
     offset_noise = 8
+    caption = 9
 
 
 def generator(seed: int, purpose: Purpose, epoch: int, sample: int) -> np.random.Generator:

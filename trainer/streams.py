@@ -1,10 +1,12 @@
 """The data sets of a config, opened for this rank."""
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.config import CaptionForm
 from data.image_stream import ImageStream
 from data.latent_stream import LatentStream
 from trainer import rng
@@ -27,6 +29,7 @@ def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) ->
         rank=ranks.rank,
         world=ranks.world_size,
         flips=_flips(config) if split == "train" else None,
+        draws=_caption_draws(config) if split == "train" else None,
         command=f"python -m trainer.pack +experiment={config.run.experiment}",
     )
 
@@ -45,6 +48,7 @@ def open_latents(config: Config, ranks: Ranks) -> LatentStream:
         rank=ranks.rank,
         world=ranks.world_size,
         flips=_flips(config),
+        draws=_caption_draws(config),
         command=f"python -m trainer.precompute +experiment={config.run.experiment}",
     )
 
@@ -58,3 +62,9 @@ def _flips(config: Config):
         return rng.uniform(seed, Purpose.flip, epochs, samples) < 0.5
 
     return flips
+
+
+def _caption_draws(config: Config):
+    if config.data.captions is CaptionForm.text:
+        return None
+    return partial(rng.uniform, config.run.seed, Purpose.caption)

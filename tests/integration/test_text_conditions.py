@@ -1,6 +1,9 @@
-"""Training on captions that an encoder pads: computed or stored, the padding is masked."""
+"""Training on captions that an encoder pads, and on several captions a sample."""
 
+import shutil
+from collections import Counter
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Context
-from tests.conftest import Workshop, losses
+from tests.conftest import Workshop, draw_pictures, losses
 from tests.unit.models.test_text_encoder import WORDS, bert, write_tokenizer
 from trainer.distributed import Ranks
 from trainer.latents import precompute
 from trainer.loop import fit
+from trainer.packing import pack
+from trainer.streams import open_latents
 from trainer.tasks.diffusion import DiffusionTask
 
 COLOURS = {"b": "green", "c": "blue", "d": "circle"}
@@ -79,3 +84,27 @@ def test_a_run_does_not_depend_on_the_padding(
     short, long = found
     assert sorted(short) == [1, 2, 3, 4, 5, 6]
     assert max(abs(short[step] - long[step]) for step in short) < 1e-5
+
+
+def test_visits_take_other_captions_whatever_the_ranks(workshop: Workshop, tmp_path: Path):
+    draw_pictures(tmp_path / "pictures", captions=["one\ntwo\nthree"] * 24)
+    shutil.copy(workshop.folder / "first_stage_4.safetensors", tmp_path)
+    shop = Workshop(tmp_path)
+    config = shop.config("emoji", "data.captions=lines", "data.source.val_share=0")
+    pack(config)
+    precompute(config)
+
+    def captions(rank: int, ranks: int, *, start: int = 0) -> list[list[str]]:
+        stream = open_latents(config, Ranks(rank, ranks, torch.device("cpu")))
+        with closing(stream.steps(start)) as steps:
+            return [
+                [c for part in step for c in part.captions] for step in islice(steps, 9 - start)
+            ]
+
+    whole = captions(0, 1)
+    halves = zip(captions(0, 2), captions(1, 2), strict=True)
+    assert [first + second for first, second in halves] == whole
+    assert captions(0, 1, start=5) == whole[5:]
+    counts = Counter(caption for step in whole for caption in step)
+    assert set(counts) == {"one", "two", "three"}
+    assert min(counts.values()) > 12  # of 72 visits

@@ -30,15 +30,20 @@ def moments(number: int) -> np.ndarray:
     return np.random.default_rng(number).standard_normal((2, 4, 2, 2)).astype(np.float16)
 
 
+def no_more(number: int) -> dict[str, bytes]:
+    return {}
+
+
 @pytest.fixture
 def image_set(tmp_path: Path) -> Callable[..., DataConfig]:
-    """A factory of image data sets: sample i is png(i), captioned `caption i`."""
+    """A factory of image data sets: sample i is png(i), captioned `caption i`; `more`: members."""
 
-    def make(samples: int = 20, shard_samples: int = 7, **options) -> DataConfig:
+    def make(samples: int = 20, shard_samples: int = 7, more=no_more, **options) -> DataConfig:
         folder = tmp_path / "train"
         with ShardSetWriter(folder, Kind.images, shard_samples) as writer:
             for number in range(samples):
-                writer.write({"png": png(number), "txt": f"caption {number}".encode()})
+                members = {"png": png(number), "txt": f"caption {number}".encode()}
+                writer.write(members | more(number))
         Manifest(kind=Kind.images, shards=writer.shards).save(folder)
         return data_config(tmp_path, **options)
 
@@ -49,7 +54,9 @@ def image_set(tmp_path: Path) -> Callable[..., DataConfig]:
 def latent_set(tmp_path: Path) -> Callable[..., DataConfig]:
     """A factory of latent data sets: sample i is moments(i), its mirror image moments(-i)."""
 
-    def make(samples: int = 20, flip: bool = False, text: bool = False, **options) -> DataConfig:
+    def make(
+        samples: int = 20, flip: bool = False, text: bool = False, more=no_more, **options
+    ) -> DataConfig:
         folder = tmp_path / "latents"
         with ShardSetWriter(folder, Kind.latents, 7) as writer:
             for number in range(samples):
@@ -61,7 +68,7 @@ def latent_set(tmp_path: Path) -> Callable[..., DataConfig]:
                     members["flip.moments.npy"] = encode_npy(moments(1000 + number))
                 if text:
                     members["text.npy"] = encode_npy(np.full((3, 5), number, np.float16))
-                writer.write(members)
+                writer.write(members | more(number))
         info = LatentInfo(
             source_hash="s",
             encoder="e",

@@ -101,12 +101,13 @@ def test_tables_carry_other_fields_and_the_last_word_has_the_jsonl(tmp_path):
     }
     parquet.write_table(pa.table(columns), tmp_path / "captions.parquet")
     line = {"file_name": "c.png", "text": "jsonl", "score": None, "ok": True, "deep": {"x": 1}}
+    line |= {"captions": ["one", "two"], "words": ["x"]}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
     samples = [sample for sample in folder_source(tmp_path) if isinstance(sample, RawSample)]
     assert [(sample.caption, sample.metadata) for sample in samples] == [
         ("csv", {"score": "1"}),
         ("parquet", {"score": 0.5}),
-        ("jsonl", {"ok": True}),
+        ("jsonl", {"ok": True, "captions": ["one", "two"]}),
     ]
 
 
