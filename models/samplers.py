@@ -62,7 +62,7 @@ def sample(
 
     noise: [B, ...] standard normal. start: latents [B, ...] to begin with instead of pure noise;
     they are noised to the level where the last `strength`, in (0, 1], of the steps begins
-    (Meng et al. 2022, algorithm 1). step_noise: what euler_ancestral, and ddim with eta, add.
+    (SDEdit: Meng et al. 2022, section 3). step_noise: what euler_ancestral, and ddim with eta, add.
     on_step: called after each step with its index and the clean latents guessed there, [B, ...].
     Returns latents [B, ...]. Raises ValueError for options that contradict each other.
     """
