@@ -76,11 +76,18 @@ class Project:
 
 @pytest.fixture(scope="session")
 def project(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("project")
+    return Project(make_clone(tmp_path_factory.mktemp("project")), cluster)
+
+
+def make_clone(folder: Path) -> Path:
+    """The project's code as it is, and job scripts with logs of their own."""
+    folder.mkdir(exist_ok=True)
     for name in ("conf", "data", "models", "trainer"):
         (folder / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("*.log"))
-    return Project(folder, cluster)
+    shutil.copytree(
+        ROOT / "slurm", folder / "slurm", ignore=shutil.ignore_patterns("*.log", "*.starts")
+    )
+    return folder
 
 
 def python_processes(*words: str, **variables: str) -> list[psutil.Process]:
