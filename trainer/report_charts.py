@@ -11,10 +11,24 @@ from trainer.run_folder import RunFolder
 SERIES = 6
 """Colours of curves that the page's style knows: series-1, …"""
 
-FEATURE_NAMES = {"inception": "Inception", "efficientnet_lite0": "EfficientNet-Lite0"}
+FEATURE_NAMES = {
+    "inception": "Inception",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "dinov2": "DINOv2",
+    "open_clip": "CLIP",
+}
+OF_FEATURES = {"kid": "KID", "precision": "Precision", "recall": "Recall"}
+"""Metrics of any features, beside the Fréchet distance."""
 UNITS = {"psnr_db": "dB"}
-TITLES = {"clip_score": "CLIP score", "psnr_db": "PSNR of reconstructions"}
-HIGHER_IS_BETTER = {"clip_score", "psnr_db"}
+TITLES = {
+    "clip_score": "CLIP score",
+    "psnr_db": "PSNR of reconstructions",
+    "inception_score": "Inception score",
+    "cmmd": "CMMD",
+}
+HIGHER_IS_BETTER = {"clip_score", "psnr_db", "inception_score"} | {
+    f"{metric}_{features}" for metric in ("precision", "recall") for features in FEATURE_NAMES
+}
 TRAINING_CHARTS = {
     "optim/lr": ("Learning rate", ""),
     "optim/grad_norm": ("Gradient norm", ""),
@@ -46,7 +60,7 @@ class Chart:
 def metric_names(run: RunFolder) -> list[str]:
     """Names of the evaluation's metrics, without those that belong to another."""
     names = (key.removeprefix("eval/") for key in run.series if key.startswith("eval/"))
-    companions = ("_shuffled", "_stderr", "num_samples")
+    companions = ("_shuffled", "_stderr", "_std", "num_samples")
     return [name for name in names if "/" not in name and not name.endswith(companions)]
 
 
@@ -56,6 +70,9 @@ def metric_title(name: str) -> str:
         features = name.removeprefix("fd_")
         kind = "FID" if features == "inception" else "Fréchet distance"
         return f"{kind} ({FEATURE_NAMES.get(features, features)})"
+    metric, _, features = name.partition("_")
+    if metric in OF_FEATURES:
+        return f"{OF_FEATURES[metric]} ({FEATURE_NAMES.get(features, features)})"
     return TITLES.get(name, name)
 
 

@@ -15,7 +15,7 @@ FOLDER, TABLE = "sweeps", "table.parquet"
 SWEPT = b"swept"
 """Key of the file's metadata: which columns are options, as a JSON list."""
 SCORE = "clip_score"
-HIDDEN = ("_stderr", "num_samples", "protocol", "step")
+HIDDEN = ("_stderr", "_std", "num_samples", "protocol", "step")
 """Ends of the names that the table for people leaves out."""
 
 

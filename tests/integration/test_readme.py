@@ -11,7 +11,7 @@ from trainer.cli import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
-    *("README.md", "docs/data.md", "docs/sampling.md"),
+    *("README.md", "docs/data.md", "docs/sampling.md", "docs/evaluation.md"),
     *("conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"),
 ]
 OTHERS_RUN_IT = {"make test": "the tests themselves", "git clone": "CI", "cd ": "CI"}
