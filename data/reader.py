@@ -15,7 +15,7 @@ from data.cache import CacheFullError, FileCache, ListedFile
 from data.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_image, decode_text, encode_npy
 from data.config import CacheConfig
 from data.manifest import Manifest, ManifestError, Shard
-from data.storage import join, local_path, map_bytes
+from data.storage import join, local_path, map_bytes, size_bytes
 from data.tar import decode_index
 from data.transforms import square
 
@@ -226,6 +226,23 @@ class ShardReader:
         shards = {number: self._shard(number) for number in dict.fromkeys(numbers.tolist())}
         self._bound_resident(len(samples))
         return StoredBatch(shards, numbers, rows)
+
+    def check_access(self, sample: int) -> None:
+        """See whether a sample's shard can be read; of a remote one, its size tells.
+
+        Raises:
+            ManifestError: the shard is missing, cut off or replaced.
+            OSError: the store cannot be read.
+        """
+        shard = self._manifest.shards[int(np.searchsorted(self._ends, sample, side="right"))]
+        tar, _ = self._files(shard)
+        if local_path(tar.location) is not None:
+            self.find(np.array([sample]))
+        elif size_bytes(tar.location) != shard.size_bytes:
+            raise ManifestError(
+                f"{tar.location} has not the size that the manifest in {self._folder} says: it was "
+                "cut off or replaced; restore it or pack again"
+            )
 
     @property
     def is_remote(self) -> bool:

@@ -172,6 +172,23 @@ class Stream(ABC):
         """What the samples and their numbers are, as a hash."""
         return self.manifest.hash
 
+    def shard_names(self, index: Ids) -> list[str]:
+        """Return the shards of samples by number, as the manifest names them."""
+        ends = np.cumsum(shard_sizes(self.manifest))
+        numbers = np.searchsorted(ends, index, side="right")
+        return [self.manifest.shards[number].name for number in numbers.tolist()]
+
+    def check_access(self, step: int) -> None:
+        """See whether the shards of this rank's first and last sample of a step can be read.
+
+        Raises:
+            ManifestError: one is missing, cut off or replaced.
+            OSError: the store cannot be read.
+        """
+        _, index = self.plan.rank_slice(step, self._rank, self._world)
+        for sample in {int(index[0]), int(index[-1])}:
+            self.reader.check_access(sample)
+
     def cursor(self, step: int) -> Cursor:
         """Return the cursor of a run that has trained `step` steps."""
         return Cursor(

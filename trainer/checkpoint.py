@@ -13,6 +13,7 @@ reads them; `trainer/checkpoint_writer.py` writes them.
 
 import hashlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -115,6 +116,11 @@ class Checkpoint:
             yield files
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(path.name.rpartition("_")[2])
+
+
 def open_checkpoint(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
     """Open one checkpoint after checking every byte of it; collective.
 
@@ -140,12 +146,17 @@ def open_checkpoint(path: Path, ranks: Ranks = ALONE) -> Checkpoint:
     return Checkpoint(path, state, tuple(expected))
 
 
-def latest_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
+def latest_checkpoint(
+    folder: Path, ranks: Ranks = ALONE, up_to: float = math.inf
+) -> Checkpoint | None:
     """The newest undamaged checkpoint, the same on every rank; collective.
 
     It is found by looking, which rank 0 does for all; a damaged one is named and passed over.
+    up_to: the last step that counts.
     """
     for path in ranks.first(lambda: sorted(folder.glob(FOLDERS), reverse=True)):
+        if step_of(path) > up_to:
+            continue
         try:
             return open_checkpoint(path, ranks)
         except ValueError as error:

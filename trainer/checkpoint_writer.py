@@ -18,7 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.checkpoint import FOLDERS, FORMAT_VERSION, MANIFEST, STATE, describe_file
+from trainer.checkpoint import (
+    FOLDERS,
+    FORMAT_VERSION,
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    describe_file,
+    latest_checkpoint,
+    step_of,
+)
 from trainer.distributed import Ranks
 from trainer.host_memory import free_host_memory_bytes
 from trainer.retention import Retention
@@ -57,7 +66,7 @@ class CheckpointWriter:
             for leftover in folder.glob(f".*{FOLDERS}"):
                 shutil.rmtree(leftover)
             for path in folder.glob(FOLDERS):
-                if _step(path) > step:
+                if step_of(path) > step:
                     _replace(path, path.with_name(f"damaged_{path.name}"))
         ranks.barrier()
 
@@ -96,6 +105,23 @@ class CheckpointWriter:
             target=self._write, args=(step, _taken(list(pieces)), document), name=f"save-{step}"
         )
         self._thread.start()
+
+    def go_back(self, step: int) -> Checkpoint | None:
+        """The newest checkpoint of at most this step, without the later ones.
+
+        Those are removed: a run that is killed after this must not go on from them.
+        """
+        self.wait()
+        self._ranks.barrier()
+        found = latest_checkpoint(self._folder, self._ranks, step)
+        if found is not None and self._ranks.is_main:
+            for path in self._folder.glob(FOLDERS):
+                if step_of(path) > found.step:
+                    hidden = path.with_name(f".{path.name}")
+                    path.rename(hidden)
+                    shutil.rmtree(hidden)
+        self._ranks.barrier()
+        return found
 
     def wait(self) -> None:
         """Return when nothing is being written here."""
@@ -182,13 +208,13 @@ class CheckpointWriter:
         final = part.with_name(part.name.removeprefix("."))
         _replace(part, final)
         _sync(self._folder)
-        present = {_step(path): path for path in self._folder.glob(FOLDERS)}
+        present = {step_of(path): path for path in self._folder.glob(FOLDERS)}
         kept = self._retention.kept({step: _metrics(path) for step, path in present.items()})
         for step, path in present.items():
             if step not in kept:
                 shutil.rmtree(path)
         for path in self._folder.glob(f"damaged_{FOLDERS}"):
-            if _step(path) <= _step(final):
+            if step_of(path) <= step_of(final):
                 shutil.rmtree(path)
 
 
@@ -196,10 +222,6 @@ def _taken(pieces: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """The pieces in order, each no longer held here."""
     while pieces:
         yield pieces.pop(0)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.rpartition("_")[2])
 
 
 def _metrics(path: Path) -> dict[str, float]:

@@ -98,6 +98,11 @@ def _contradictions(config: Config, ranks: int) -> Iterator[str]:
         yield "deepspeed.stage=0 with train.precision=bf16 trains wrongly; use stage 1"
     yield from _averages(config)
     yield from _checkpoints(config)
+    if config.deepspeed.stage == 0 and config.deepspeed.offload_optimizer:
+        yield "deepspeed.offload_optimizer needs deepspeed.stage=1, 2 or 3"
+    if config.deepspeed.stage == 3 and config.train.compile:
+        yield "train.compile is not supported with deepspeed.stage=3; use stage 2"
+    yield from _guards(config)
     if config.autoencoder.codebook_decay and config.train.precision is Precision.bf16:
         yield "autoencoder.codebook_decay: bf16 loses its small steps; use train.precision=fp32"
     side, factor = config.data.image_size, config.autoencoder.downsample_factor
@@ -162,6 +167,23 @@ def _checkpoints(config: Config) -> Iterator[str]:
             f"checkpoint.best={options.best} needs eval.every, a multiple of "
             f"checkpoint.every={options.every}: what is evaluated must be saved"
         )
+
+
+def _guards(config: Config) -> Iterator[str]:
+    guards, watchdog = config.guards, config.watchdog
+    if guards.spike_factor and guards.spike_factor <= 1:
+        yield f"guards.spike_factor={guards.spike_factor} must be over 1, or 0 for never"
+    least = {
+        "guards.max_consecutive_skips": (guards.max_consecutive_skips, 0),
+        "guards.spike_factor": (guards.spike_factor, 0),
+        "guards.spike_window": (guards.spike_window, 1),
+        "guards.max_rewinds": (guards.max_rewinds, 0),
+        "watchdog.step_timeout_s": (watchdog.step_timeout_s, 0),
+        "watchdog.pause_timeout_s": (watchdog.pause_timeout_s, 0),
+    }
+    for path, (value, lowest) in least.items():
+        if not value >= lowest:
+            yield f"{path}={value} must be at least {lowest}"
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -113,6 +113,7 @@ class TrainConfig:
     """Steps between lines of metrics."""
     precision: Precision = Precision.fp32
     compile: bool = False
+    """Compile each repeated block of the networks: minutes at the start, then faster steps."""
     channels_last: bool = False
     """Store activations as NHWC: faster convolutions on CPUs and tensor cores."""
 
@@ -171,6 +172,36 @@ class DeepSpeedConfig:
     """How optimizer state, gradients and weights are spread over ranks (ZeRO)."""
 
     stage: int = 1
+    """0: every rank has all; 1 spreads the optimizer state, 2 gradients, too, 3 weights, too."""
+    offload_optimizer: bool = False
+    """Keep master weights, moments and averages in host memory, and update them there: slower, and
+    12 bytes a parameter and 4 an average, divided by the ranks, less on the device."""
+
+
+@dataclass(slots=True, kw_only=True)
+class GuardsConfig:
+    """What a run does about steps that go wrong."""
+
+    max_consecutive_skips: int = 20
+    """Updates in a row that gradients which are not finite may prevent; then the run stops."""
+    spike_factor: float = 0.0
+    """A loss of more than so many medians of the last 100 steps is a spike: the run rewinds to a
+    checkpoint before it and skips the data that led to it. 0: never, since the loss of a batch of
+    a few dozen may double by chance."""
+    spike_window: int = 100
+    """Steps of data that a rewind skips; the spike's own is the last of them."""
+    max_rewinds: int = 5
+    """Rewinds of a run; then a spike stops it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class WatchdogConfig:
+    """When a job counts as hung: every rank's stack is then written, and the job ends."""
+
+    step_timeout_s: float = 1800.0
+    """Longest optimizer step, its data included; 0: without end."""
+    pause_timeout_s: float = 21_600.0
+    """Longest anything else: the start, an evaluation, a save; 0: without end."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -310,6 +341,8 @@ class Config:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=MISSING))
     ema: EmaConfig = field(default_factory=EmaConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

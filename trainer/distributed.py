@@ -52,6 +52,12 @@ class Ranks:
             dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         return largest.item()
 
+    def mean(self, value: float) -> float:
+        """The mean over all ranks; collective."""
+        total = {"": torch.tensor(value, dtype=torch.float64)}
+        self.sum_(total)
+        return total[""].item() / self.world_size
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks; collective."""
         if self.world_size == 1:

@@ -2,8 +2,9 @@
 
 Master weights, Adam's moments and the EMA are read and written as full fp32 tensors by parameter
 name, whatever the ZeRO stage and the number of ranks. Beyond DeepSpeed's public functions this
-relies on `basic_optimizer`, `fp32_partitioned_groups_flat`, and the two names that link optimizer
-state to parameters at stages 1 and 2.
+relies on `basic_optimizer`, `fp32_partitioned_groups_flat`, its counters, the two names that link
+optimizer state to parameters at stages 1 and 2, and those by which a step ends: `update_lp_params`
+there, `_reassign_or_swap_out_partitioned_parameters` and `persistent_parameters` at stage 3.
 """
 
 import logging
@@ -41,6 +42,8 @@ logger.setLevel(logging.ERROR)
 # DeepSpeed's own calls, which every rank would report
 warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)
 
+COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+"""What DeepSpeed counts of its own."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam's state holds for each parameter."""
 
@@ -121,6 +124,24 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
+    def rehearse(self, loss: Callable[[nn.Module], Tensor]) -> None:
+        """Differentiate the loss of a micro batch, and change nothing.
+
+        loss: computes it with the module that it is given. Its gradients are made and reduced as
+        in a step, but are NaN, so that the update is skipped on every rank.
+        """
+        engine = self._engine
+        counters = {name: getattr(engine, name) for name in COUNTERS}
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(loss(self.model) * float("nan"))
+        if self._stage == 0:
+            engine.zero_grad()
+        else:
+            engine.step()
+        engine.set_gradient_accumulation_boundary(None)
+        for name, value in counters.items():
+            setattr(engine, name, value)
+
     def step(self, step: int) -> StepResult:
         """Take optimizer step `step` (from 0) with the gradients of its last micro batch."""
         lr = learning_rate(self._config.optim, step, self._config.train.max_steps)
@@ -172,6 +193,7 @@ class Engine:
         self._adam_steps = adam_steps
         for flat in self._flats():
             self._inner.state[flat]["step"].fill_(adam_steps)
+        self._use_masters()
 
     def adam_steps(self) -> int:
         """Updates that were applied, as Adam's bias correction and the averages count them."""
@@ -187,11 +209,22 @@ class Engine:
             return list(self._optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._inner.param_groups for p in group["params"]]
 
+    def _use_masters(self) -> None:
+        """Give the weights of the forward pass the values of the fp32 masters; collective."""
+        optimizer = self._optimizer
+        if self._stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:  # small ones, which every rank keeps whole
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
     def _create_state(self) -> None:
         """Adam creates its state at the first step; saving and loading need it before."""
         for flat in self._flats():
             self._inner.state[flat] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=flat.device),  # there, as it is fused
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
                 **{average_kind(name): flat.detach().clone() for name in self.averages},
             }
@@ -248,11 +281,17 @@ class Engine:
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, object]:
     """What `deepspeed.initialize` is told."""
+    zero: dict[str, object] = {"stage": config.deepspeed.stage}
+    if config.deepspeed.offload_optimizer:
+        pin = torch.cuda.is_available()
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps(config, world_size),
         "gradient_clipping": config.optim.max_grad_norm,
-        "zero_optimization": {"stage": config.deepspeed.stage},
+        "zero_optimization": zero,
+        # DeepSpeed's own CPU Adam is compiled on first use; torch's fused one is there
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.train.precision is Precision.bf16},
         "steps_per_print": 2**62,
     }

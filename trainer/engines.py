@@ -1,4 +1,4 @@
-"""The engines of all modules that a task trains: built from one checkpoint, saved to one."""
+"""The engines of all modules that a task trains: saved to one checkpoint, loaded from one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,23 +23,21 @@ class Engines:
         modules: Mapping[str, nn.Module],
         config: Config,
         ranks: Ranks,
-        checkpoint: Checkpoint | None,
     ) -> None:
         self._engines: dict[str, Engine] = {}
         self._prefixes: dict[str, str] = {}
         for name, module in modules.items():
-            prefix = f"{name}." if self._engines else ""
-            if checkpoint is not None:
-                # DeepSpeed derives its low-precision copies from the module as it is at the start
-                start = checkpoint.tensors(f"{prefix}weight", f"{prefix}buffer")
-                module.load_state_dict(start[f"{prefix}weight"] | start[f"{prefix}buffer"])
-                del start
-            engine = Engine(module, config, ranks, averaged=not self._engines)
-            if checkpoint is not None:
-                with checkpoint.reading(prefix) as read:
-                    engine.load(read, checkpoint.state[f"{prefix}adam_steps"])
-            self._engines[name] = engine
-            self._prefixes[name] = prefix
+            self._prefixes[name] = f"{name}." if self._engines else ""
+            self._engines[name] = Engine(module, config, ranks, averaged=not self._engines)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Make weights, moments, averages and buffers those of a checkpoint; collective."""
+        for name, engine in self._engines.items():
+            prefix = self._prefixes[name]
+            with checkpoint.reading(prefix) as read:
+                engine.load(read, checkpoint.state[f"{prefix}adam_steps"])
+                for buffer, value in engine.module.named_buffers():
+                    value.copy_(read("buffer", buffer))
 
     @property
     def first(self) -> Engine:

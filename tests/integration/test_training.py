@@ -111,18 +111,6 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(
     assert_same(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_have_the_loss_curve_of_one(
-    stage: int, workshop: Workshop, undisturbed: Path, tmp_path: Path
-):
-    options = [*TRAIN, f"deepspeed.stage={stage}"]
-    code, output = finish(start(workshop.overrides("emoji", *options, run=tmp_path), ranks=2))
-    assert code == 0, output
-    one, two = losses(undisturbed), losses(tmp_path)
-    assert one.keys() == two.keys()
-    assert max(abs(one[step] - two[step]) for step in one) < 1e-5
-
-
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_at_another_stage(
     workshop: Workshop, undisturbed: Path, tmp_path: Path
 ):
@@ -169,15 +157,11 @@ def test_a_tiny_version_of_every_experiment_trains_two_steps(
     assert (tmp_path / "samples" / "step_00000002.png").exists()
 
 
-def test_micro_batches_and_bf16_train(workshop: Workshop, tmp_path: Path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for run, size in ((whole, 8), (cut, 2)):
-        options = ["train.max_steps=3", f"train.micro_batch_size={size}"]
-        assert fit(workshop.config("emoji", *options, run=run)) == 0
-    one, other = losses(whole), losses(cut)
-    assert max(abs(one[step] - other[step]) for step in one) < 1e-5
-    low = tmp_path / "bf16"
+def test_bf16_trains(workshop: Workshop, tmp_path: Path):
+    whole, low = tmp_path / "whole", tmp_path / "bf16"
+    assert fit(workshop.config("emoji", "train.max_steps=3", run=whole)) == 0
     assert fit(workshop.config("emoji", "train.max_steps=3", "train.precision=bf16", run=low)) == 0
+    one = losses(whole)
     assert max(abs(one[step] - losses(low)[step]) for step in one) < 0.05
 
 

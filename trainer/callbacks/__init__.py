@@ -18,6 +18,10 @@ class Callback(Protocol):
         """A PNG of samples or reconstructions after optimizer step `step`."""
         ...
 
+    def rewound(self, step: int) -> None:
+        """The run has gone back to the end of step `step`: what was said of later ones is void."""
+        ...
+
     def close(self) -> None:
         """The run ends, whether done or stopped early."""
         ...
@@ -38,6 +42,11 @@ class Callbacks:
         """See Callback."""
         for callback in self._callbacks:
             callback.picture(step, path)
+
+    def rewound(self, step: int) -> None:
+        """See Callback."""
+        for callback in self._callbacks:
+            callback.rewound(step)
 
     def close(self) -> None:
         """See Callback."""

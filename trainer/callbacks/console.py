@@ -12,8 +12,11 @@ SHOWN = {
     "optim/lr": ("lr", "{:.1e}"),
     "optim/grad_norm": ("grad", "{:.2f}"),
     "throughput/images_per_s": ("images/s", "{:.1f}"),
+    "throughput/mfu_pct": ("mfu %", "{:.1f}"),
     "time/data_wait_pct": ("wait %", "{:.1f}"),
 }
+SLOW = 1.25
+"""A forward pass of so many times the mean makes a rank worth a word."""
 
 
 class Console:
@@ -38,6 +41,10 @@ class Console:
             for name, (label, form) in SHOWN.items()
             if name in values
         ]
+        ratio = values.get("time/slowest_rank_ratio")
+        if isinstance(ratio, float) and ratio >= SLOW:
+            rank = values["time/slowest_rank"]
+            shown.append(f"rank {rank} is slow: {ratio:.2f} x the mean forward pass")
         if shown and self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str("  ".join(shown))
@@ -47,6 +54,11 @@ class Console:
     def picture(self, step: int, path: Path) -> None:
         """Say where it is."""
         self._print(step, str(path))
+
+    def rewound(self, step: int) -> None:
+        """Set the bar back."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -15,15 +15,7 @@ class JsonLines:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
-            part = path.with_suffix(".part")
-            part.write_text("".join(f"{line}\n" for line in kept))
-            part.replace(path)
-            # after the rename: what an evaluation appends from here on is in the new file
-            for _, values in evaluations.found(path.parent):
-                if (line := json.dumps(as_logged(values))) not in kept:
-                    append_line(path, line)
+        self.rewound(first_step)
 
     def metrics(self, step: int, values: Values) -> None:
         """Write one line."""
@@ -31,6 +23,19 @@ class JsonLines:
 
     def picture(self, step: int, path: Path) -> None:
         """Pictures stay where they are."""
+
+    def rewound(self, step: int) -> None:
+        """Drop the lines of later steps."""
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in kept))
+        part.replace(self._path)
+        # after the rename: what an evaluation appends from here on is in the new file
+        for _, values in evaluations.found(self._path.parent):
+            if (line := json.dumps(as_logged(values))) not in kept:
+                append_line(self._path, line)
 
     def close(self) -> None:
         """Every line is there already."""

@@ -16,6 +16,7 @@ from models.autoencoder import Reconstruction, build_autoencoder
 from models.config import AutoencoderKind
 from models.vq import code_counts, codebook_use
 from trainer import rng
+from trainer.compilation import compile_blocks
 from trainer.config import Config
 from trainer.distributed import Ranks
 from trainer.images import grid, to_uint8
@@ -38,7 +39,7 @@ class AutoencoderTask:
         loss, is_kl = config.autoencoder.loss, config.autoencoder.kind is AutoencoderKind.kl
         self._penalty = ("kl", loss.kl_weight) if is_kl else ("codebook", loss.codebook_weight)
         if config.train.compile:
-            module.compile()
+            compile_blocks(module)
         self.modules: dict[str, nn.Module] = {"autoencoder": module}
         self.stream = open_images(config, ranks, "train")
         self._validation: ImageStream = open_images(config, ranks, "val")

@@ -17,6 +17,7 @@ from models.convert import load_unet
 from models.diffusion import Diffusion
 from models.unet import UNet2DCondition, attention_shapes
 from trainer import rng
+from trainer.compilation import compile_blocks
 from trainer.config import Config, Precision
 from trainer.distributed import Ranks
 from trainer.evaluator import Evaluator
@@ -49,7 +50,7 @@ class DiffusionTask:
             load_unet(unet, config.unet, Path(config.unet.weights))
         module = LatentDiffusion(unet, trained).to(ranks.device)
         if config.train.compile:
-            module.compile()
+            compile_blocks(module)
         self.modules: dict[str, nn.Module] = {"denoiser": module}
         chosen = self._choose_attention()
         if ranks.is_main:
