@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -26,8 +28,10 @@ STEPS = 12
 TRAIN = ["train.max_steps=12", "checkpoint.every=5", "data.flip=false"]
 
 
-def start(overrides: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m"]
+def start(
+    overrides: list[str], ranks: int = 1, before: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    launcher = [*before, sys.executable, "-m"]
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     return subprocess.Popen(
@@ -94,6 +98,27 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_equal(
     assert code == 0, output
     assert f"going on from {stopped.path}" in output
     assert_same(tmp_path, undisturbed)
+
+
+def test_a_warning_during_the_imports_is_heard_after_the_first_step(
+    workshop: Workshop, tmp_path: Path
+):
+    # as slurm/rank.sh starts a rank: a signal that comes even earlier must not kill it
+    ignoring = ["bash", "-c", 'trap "" USR1; exec "$@"', "rank"]
+    process = start(workshop.overrides("emoji", *TRAIN, run=tmp_path), before=ignoring)
+    while not blocks(process.pid, signal.SIGUSR1):
+        assert process.poll() is None, finish(process)
+        time.sleep(0.005)
+    assert not tmp_path.joinpath("versions.json").exists()
+    process.send_signal(signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == 85, output
+    assert sorted(losses(tmp_path)) == [1]
+
+
+def blocks(pid: int, number: signal.Signals) -> bool:
+    (mask,) = re.findall(r"SigBlk:\t(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_bit_equal(

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
@@ -19,20 +18,18 @@ TIMEOUT_S = 480
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four nodes. Skips where the machine cannot have them; on CI that is a failure."""
-    # a short path: Unix sockets lie in it
-    with TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        try:
-            started = Cluster(Path(folder), nodes=4)
-        except CannotRunSlurm as reason:
-            if os.environ.get("CI") == "true":
-                raise
-            pytest.skip(f"no Slurm cluster here: {reason}")
-        try:
-            yield started
-        finally:
-            started.stop()
+    try:
+        started = Cluster(tmp_path_factory.mktemp("cluster"), nodes=4)
+    except CannotRunSlurm as reason:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"no Slurm cluster here: {reason}")
+    try:
+        yield started
+    finally:
+        started.stop()
 
 
 @dataclass(frozen=True)

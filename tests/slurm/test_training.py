@@ -6,6 +6,7 @@ The scenarios take minutes of waiting and little work, so they run side by side.
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -109,11 +110,19 @@ def preempted(stage: Stage) -> None:
     assert "going on from" in said
 
 
+def dead_node(stage: Stage) -> None:
+    """Not that of the batch script, which sees its other ranks fail."""
+    job = start_on_nodes_3_and_4(stage)
+    stage.cluster.fail("node4")
+    stage.project.ended(job)
+    assert stage.cluster.job(job)["NodeList"] == "node[2-3]"
+    stage.cluster.restore("node4")
+    assert stage.project.log(job).count("going on from") == 1
+
+
 def dead_nodes(stage: Stage) -> None:
-    """The node of the batch script, and when that is back, another one."""
-    job = stage.train("--nodes=2", "--exclude=node1")
-    stage.wait_for_step(job, 25)
-    assert stage.cluster.job(job)["NodeList"] == "node[3-4]"
+    """First that of the batch script, and when it is back, the other one."""
+    job = start_on_nodes_3_and_4(stage)
     stage.cluster.fail("node3")
     stage.wait_for_restart(job, 1)
     stage.wait_for_step(job, 45)
@@ -124,6 +133,13 @@ def dead_nodes(stage: Stage) -> None:
     assert stage.cluster.job(job)["NodeList"] == "node[2-3]"
     stage.cluster.restore("node4")
     assert stage.project.log(job).count("going on from") == 2
+
+
+def start_on_nodes_3_and_4(stage: Stage) -> str:
+    job = stage.train("--nodes=2", "--exclude=node1")
+    stage.wait_for_step(job, 25)
+    assert stage.cluster.job(job)["NodeList"] == "node[3-4]"
+    return job
 
 
 def cancelled(stage: Stage) -> None:
@@ -138,11 +154,15 @@ def cancelled(stage: Stage) -> None:
 Scenario = Callable[[Stage], None]
 # Those of a line follow one another: no other job is on the nodes that die.
 LINES: list[list[Scenario]] = [
-    [four_nodes, dead_nodes],
+    [four_nodes, dead_node, dead_nodes],
     [time_limit],
     [two_nodes, preempted, cancelled],
 ]
-TO_THE_END = [one.__name__ for line in LINES for one in line if one is not cancelled]
+TO_THE_END = [
+    pytest.param(one.__name__, marks=[pytest.mark.campaign] if one is dead_nodes else [])
+    for one in chain(*LINES)
+    if one is not cancelled
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.checks import explain
 from trainer.cli import load_config
+from trainer.config import Config
 
 ROOT = Path(__file__).parents[3]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -138,6 +139,25 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1():
     done = command("+experiment=emoji", "optim.lrr=1")
     assert done.returncode == 1
     assert done.stderr == "error: optim.lrr is no option (did you mean optim.lr?)\n"
+
+
+def crash(config: Config) -> None:
+    raise RuntimeError("connection to rank 3 lost")
+
+
+def test_a_crash_is_a_stack_trace_and_exit_code_70():
+    script = (
+        "import sys\n"
+        "from trainer.cli import main\n"
+        "sys.argv = ['x', '+experiment=emoji']\n"
+        f"main('{__name__}:crash')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("RuntimeError: connection to rank 3 lost\n")
 
 
 def test_cfg_prints_the_tree_and_refuses_a_wrong_one():
