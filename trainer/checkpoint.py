@@ -189,15 +189,23 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """The one way in which a manifest is written."""
+    return json.dumps(manifest, indent=1).encode()
+
+
 def _read_manifest(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
     """What the files must be, and what is wrong with the folder, if anything."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        content = (path / MANIFEST).read_bytes()
+        manifest = json.loads(content)
         expected: dict[str, dict[str, Any]] = dict(manifest["files"])
         version = manifest["version"]
         present = {file.name for file in path.iterdir()} - {MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
         return {}, f"{path} is no checkpoint: its {MANIFEST} cannot be read"
+    if content != encode_manifest(manifest):  # a flipped bit that JSON does not mind
+        return {}, f"{path / MANIFEST} is damaged"
     if version != FORMAT_VERSION:
         return {}, f"{path / MANIFEST}: format {version}, not {FORMAT_VERSION}"
     if STATE not in expected or present != set(expected):

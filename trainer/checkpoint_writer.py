@@ -25,6 +25,7 @@ from trainer.checkpoint import (
     STATE,
     Checkpoint,
     describe_file,
+    encode_manifest,
     latest_checkpoint,
     step_of,
 )
@@ -202,8 +203,8 @@ class CheckpointWriter:
     def _commit(self, part: Path, files: dict[str, Any], state: bytes) -> None:
         _write_synced(part / STATE, state)
         files[STATE] = describe_file(part / STATE)
-        manifest = {"version": FORMAT_VERSION, "files": files}
-        _write_synced(part / MANIFEST, json.dumps(manifest, indent=1).encode())
+        manifest = encode_manifest({"version": FORMAT_VERSION, "files": files})
+        _write_synced(part / MANIFEST, manifest)
         _sync(part)
         final = part.with_name(part.name.removeprefix("."))
         _replace(part, final)
