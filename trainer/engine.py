@@ -88,6 +88,9 @@ class Engine:
             dist_init_required=False,
         )
         self._engine, self._optimizer, *_ = initialised
+        if self._stage == 0 and ranks.world_size == 1:
+            # there is nothing to reduce, but all gradients would be copied into a buffer and back
+            self._engine.enable_backward_allreduce = False
         self._inner: torch.optim.Optimizer = (
             self._optimizer if self._stage == 0 else self._engine.basic_optimizer
         )

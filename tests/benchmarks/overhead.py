@@ -1,0 +1,184 @@
+"""What the trainer costs beside the model: a run against a bare loop, in turns, in one process.
+
+The demo's U-Net (9.35 M parameters) on random latents in batches of 16. The bare loop has the same
+model, loss, data and optimizer, and nothing else: no DeepSpeed, EMA, logging or requests to stop.
+Every 10 steps the run logs once. Overrides on the command line change the run: deepspeed=zero0.
+
+trainer_pct: more time the run takes. ema_pct: the averages' share of a step.
+checkpoint_stall_ms: how long training stands still for a checkpoint written in the background;
+copy_ms: how long a copy of the same tensors takes. start_s: from the start of the process to the
+end of the first step, less `import torch, deepspeed`.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from torch import nn
+
+from data.stream import Batch
+from tests.latent_jobs import write_first_stage, write_pictures
+from trainer.cli import load_config
+from trainer.config import Config
+from trainer.distributed import join
+from trainer.latents import precompute
+from trainer.loop import Run
+from trainer.optim import build_optimizer, learning_rate
+from trainer.preemption import StopRequest
+from trainer.tasks.diffusion import DiffusionTask
+
+ROOT = Path(__file__).parents[2]
+EVERY, BLOCKS, SAVES, STARTS = 10, 6, 5, 2
+
+
+class BareLoop:
+    """The same task's model and data with a plain optimizer."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._task = DiffusionTask(config, join())
+        (self._module,) = self._task.modules.values()
+        self._optimizer = build_optimizer(config.optim, self._module.parameters())
+        self._batches: Iterator[list[Batch]] = self._task.stream.steps(0)
+        self._step = 0
+
+    def steps(self, count: int) -> float:
+        """Seconds that so many steps take."""
+        start_s = time.perf_counter()
+        for _ in range(count):
+            for batch in next(self._batches):
+                for loss in self._task.losses("denoiser", self._module, [batch], self._step):
+                    loss.mean.backward()
+            nn.utils.clip_grad_norm_(self._module.parameters(), self._config.optim.max_grad_norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    self._config.optim, self._step, self._config.train.max_steps
+                )
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self._step += 1
+        return time.perf_counter() - start_s
+
+
+class Turns(StopRequest):
+    """Heard by the run at every step's end: gives the bare loop its turn after each block."""
+
+    def __init__(self, bare: BareLoop) -> None:
+        super().__init__(join())
+        self._bare = bare
+        self._steps = 0
+        self._start_s = 0.0
+        self.run_s: list[float] = []
+        self.bare_s: list[float] = []
+
+    def agreed(self, must: bool = False) -> bool:
+        self._steps += 1
+        if self._steps % EVERY == 1:  # a block ends a step after its line was logged
+            if self._steps > 1:
+                self.run_s.append(time.perf_counter() - self._start_s)
+            self.bare_s.append(self._bare.steps(EVERY))
+            self._start_s = time.perf_counter()
+        return super().agreed(must)
+
+
+def timed(function: Callable[[], object], into: list[float]) -> Callable[[], None]:
+    """The function, with its seconds kept."""
+
+    def call() -> None:
+        start_s = time.perf_counter()
+        function()
+        into.append(time.perf_counter() - start_s)
+
+    return call
+
+
+def start_s(overrides: list[str], folder: Path) -> float:
+    """See the top; the least of several, in turns."""
+    whole: list[float] = []
+    imports: list[float] = []
+    for number in range(STARTS):
+        begun_s = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch, deepspeed"], check=True)
+        imports.append(time.perf_counter() - begun_s)
+        begun_s = time.perf_counter()
+        with subprocess.Popen(
+            [
+                *(sys.executable, "-m", "trainer", *overrides),
+                *(f"run.dir={folder / str(number)}", "train.log_every=1"),
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if re.match(r"step +1/", line):
+                    whole.append(time.perf_counter() - begun_s)
+                    process.kill()
+    return min(whole) - min(imports)
+
+
+def main() -> None:
+    """Print one line of JSON."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overrides = [
+            "+experiment=emoji",
+            f"data.dir={folder}",
+            f"autoencoder.weights={folder / 'first_stage.safetensors'}",
+            f"run.dir={folder / 'run'}",
+            "data.lanes=16",
+            "train.global_batch_size=16",
+            "train.micro_batch_size=16",
+            f"train.max_steps={EVERY * BLOCKS + 1}",
+            f"train.log_every={EVERY}",
+            "checkpoint.every=1000000",
+            "eval.every=0",
+            "eval.features=[]",
+            "eval.clip_score=false",
+            "eval.num_samples=1",
+            "eval.prompts=[a picture]",
+            "sampler.steps=1",
+            "logger.wandb.mode=disabled",
+            *sys.argv[1:],
+        ]
+        config = load_config(overrides)
+        write_first_stage(Path(config.autoencoder.weights), config)
+        write_pictures(Path(config.data.train), 128, 64, config.data.image_size)
+        precompute(config)
+        bare = BareLoop(config)
+        bare.steps(2)
+        ranks, ema_s, save_s, copy_s = join(), [], [], []
+        run = Run(config, ranks, DiffusionTask(config, ranks), None)
+        run.engine._update_averages = timed(run.engine._update_averages, ema_s)
+        turns = Turns(bare)
+        run.train(turns)
+        tensors = [tensor for *_, tensor in run.engines.tensors()]
+        for _ in range(SAVES):
+            run.checkpoints.wait()
+            timed(lambda: [tensor.clone() for tensor in tensors], copy_s)()
+            timed(run._save, save_s)()
+            bare.steps(2)
+        run.close()
+        step_s = statistics.median(turns.run_s) / EVERY
+        pairs = zip(turns.run_s, turns.bare_s[1:], strict=False)
+        figures = {
+            "trainer_pct": 100 * (statistics.median(one / other for one, other in pairs) - 1),
+            "ema_pct": 100 * statistics.median(ema_s) / step_s,
+            "checkpoint_stall_ms": 1000 * statistics.median(save_s),
+            "copy_ms": 1000 * statistics.median(copy_s),
+            "step_ms": 1000 * step_s,
+        }
+        print(figures, flush=True)
+        figures["start_s"] = start_s(overrides, folder)
+    print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
