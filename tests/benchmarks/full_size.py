@@ -1,163 +1,90 @@
-"""One U-Net of full size trained on a CPU machine: two steps, a kill, and a third after resuming.
+"""Stable Diffusion 1's U-Net at full size, ours against diffusers': is it the same function?
 
-`+experiment=laion_512` with its own U-Net (866 M parameters), fp32, micro batch 1, latents and text
-embeddings of random pictures from shards. First stage and text tower have random weights; the tower
-has two layers of the real one's width, as stored embeddings leave it idle. It takes 20 GB of memory
-and 45 GB of disk. Overrides on the command line change the run: deepspeed=zero2.
-
-Memory is that of the process itself (RssAnon): mapped files are not counted.
+`python -m tests.benchmarks.full_size`: the same random weights in fp32, a batch of one, the output
+and the gradients of all 686 weights and of both inputs. One network at a time, 10 GiB in all: the
+other's results wait in a file. An error is the largest difference in a tensor ÷ the largest value
+there; for gradients not less than 0.02 of the largest of all, as in the tests, for sums of many
+large terms that cancel are not exact to their own size.
 """
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import open_clip
-import psutil
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from tests.latent_jobs import write_first_stage, write_pictures
-from trainer.checkpoint import open_checkpoint
-from trainer.cli import load_config
-from trainer.latents import precompute
+from models.attention import choose_attention
+from models.config import AttentionBackend
+from models.unet import UNet2DCondition
+from tests.unit.models.test_unet import diffusers_condition, shipped
 
-ROOT = Path(__file__).parents[2]
-GIB = 2**30
-CLIP = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
-    "text_cfg": {"width": 1024, "heads": 16, "layers": 2},
-}
-
-
-class Watched:
-    """A training whose lines are timed, and whose memory is looked at all the time."""
-
-    def __init__(self, overrides: list[str]) -> None:
-        self.start_s = time.monotonic()
-        self.lines: list[tuple[float, str]] = []
-        self.peak_bytes = 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", *overrides],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        # where memory runs out, this is what has to go
-        Path(f"/proc/{self.process.pid}/oom_score_adj").write_text("1000")
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def wait_for(self, pattern: str, folder: Path | None = None) -> float:
-        """Seconds from the start until a line matches, or the folder is there."""
-        while True:
-            self.peak_bytes = max(self.peak_bytes, self._anonymous_bytes())
-            for at_s, line in self.lines:
-                if folder is None and re.search(pattern, line):
-                    return at_s - self.start_s
-            if folder is not None and folder.exists():
-                return time.monotonic() - self.start_s
-            if self.process.poll() is not None:
-                raise RuntimeError("\n".join(line for _, line in self.lines))
-            time.sleep(0.05)
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append((time.monotonic(), line.rstrip()))
-            print(f"{time.monotonic() - self.start_s:7.1f} s  {line}", end="", flush=True)
-
-    def _anonymous_bytes(self) -> int:
-        try:
-            status = Path(f"/proc/{self.process.pid}/status").read_text()
-        except OSError:
-            return 0
-        found = re.search(r"RssAnon:\s+(\d+) kB", status)
-        return int(found[1]) * 1024 if found else 0
-
-
-def prepare(folder: Path, more: list[str]) -> list[str]:
-    """Shards of latents and text of four random pictures; returns the overrides that take them."""
-    (folder / "clip.json").write_text(json.dumps(CLIP))
-    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "clip.safetensors")
-    overrides = [
-        "+experiment=laion_512",
-        f"run.dir={folder / 'run'}",
-        f"data.dir={folder / 'data'}",
-        "data.store_text=true",
-        "data.lanes=1",
-        f"autoencoder.weights={folder / 'first_stage.safetensors'}",
-        f"conditioner.model={folder / 'clip.json'}",
-        f"conditioner.pretrained={folder / 'clip.safetensors'}",
-        "precompute.precision=fp32",
-        "precompute.batch_size=1",
-        "precompute.workers=0",
-        "train.precision=fp32",
-        "train.global_batch_size=1",
-        "train.micro_batch_size=1",
-        "train.log_every=1",
-        "checkpoint.every=2",
-        "eval.every=0",
-        "eval.features=[]",
-        "eval.clip_score=false",
-        "logger.wandb.mode=disabled",
-        *more,
-    ]
-    config = load_config(overrides)
-    write_first_stage(Path(config.autoencoder.weights), config)
-    write_pictures(Path(config.data.train), 4, 4, config.data.image_size)
-    precompute(config)
-    return overrides
+SIDE, TOKENS = 32, 77
 
 
 def main() -> None:
-    """Train, kill, resume, stop; then print what it took."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        overrides = prepare(folder, sys.argv[1:])
-        print(f"{psutil.virtual_memory().available / GIB:.1f} GiB available", flush=True)
-        checkpoints = folder / "run" / "checkpoints"
-        first = Watched(overrides)
-        step_s = [first.wait_for(r"step +1/"), first.wait_for(r"step +2/")]
-        saved_s = first.wait_for("", checkpoints / "step_00000002")
-        first.process.kill()
-        first.process.wait()
-        second = Watched(overrides)
-        resumed_s = second.wait_for("going on from .*step_00000002")
-        second.process.send_signal(signal.SIGTERM)
-        third_s = second.wait_for(r"step +3/")
-        second.wait_for("", checkpoints / "step_00000003")
-        stopped_s = second.wait_for("step 3 is saved")
-        code = second.process.wait()
-        state = open_checkpoint(checkpoints / "step_00000003")
-        size = sum(path.stat().st_size for path in state.path.iterdir())
-        waited = [line for _, line in first.lines if "training waits" in line]
-        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        figures = {
-            "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
-            "exit_code": code,
-            "parameters": sum(s.numel() for s in state.shapes("weight").values()),
-            "checkpoint_gb": round(size / 1e9, 2),
-            "files": len(state.files),
-            "foreground": bool(waited),
-            "peak_gib": round(first.peak_bytes / GIB, 2),
-            "peak_resumed_gib": round(second.peak_bytes / GIB, 2),
-            "first_step_s": round(step_s[0], 1),
-            "step_s": round(step_s[1] - step_s[0], 1),
-            "checkpoint_s": round(saved_s - step_s[1], 1),
-            "resume_s": round(resumed_s, 1),
-            "resumed_step_s": round(third_s - resumed_s, 1),
-            "last_checkpoint_s": round(stopped_s - third_s, 1),
-            "losses": [json.loads(line)["train/loss"] for line in lines],
-        }
-    print(json.dumps(figures))
+    """One line of JSON."""
+    config = shipped("sd1")
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 4, SIDE, SIDE), torch.randn(1, TOKENS, config.context_dim)
+    timesteps = torch.tensor([500])
+    choose_attention(AttentionBackend.auto, torch.device("cpu"), torch.float32, [])
+    theirs = diffusers_condition(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.ndim == 1:  # norms, too, which begin as ones and zeros
+                parameter += 0.1 * torch.randn(parameter.shape)
+    with torch.device("meta"):
+        ours = UNet2DCondition(config)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "theirs.safetensors"
+        save_file(results(theirs, lambda x, c: theirs(x, timesteps, c).sample, *inputs), path)
+        theirs.zero_grad()
+        print(json.dumps(compare(results(ours, lambda x, c: ours(x, timesteps, c), *inputs), path)))
+
+
+def results(
+    network: nn.Module, run: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor
+) -> dict[str, Tensor]:
+    """Output, and gradients of weights and inputs, by name."""
+    latents, context = (x.clone().requires_grad_() for x in inputs)
+    output = run(latents, context)
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    (output * probe).sum().backward()
+    leaves = {
+        "input latents": latents,
+        "input context": context,
+        **dict(network.named_parameters()),
+    }
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    assert len(gradients) == len(leaves)
+    return {"output": output.detach()} | gradients
+
+
+def compare(ours: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """The largest errors."""
+    errors = {}
+    with safe_open(path, "pt") as theirs:
+        assert set(theirs.keys()) == ours.keys()
+        largest = max(theirs.get_tensor(name).abs().max() for name in ours.keys() - {"output"})
+        for name, found in ours.items():
+            expected = theirs.get_tensor(name)
+            least = 0.0 if name == "output" else 0.02 * largest
+            scale = expected.abs().max().clamp(min=least)
+            errors[name] = ((found - expected).abs().max() / scale).item()
+    output_error = errors.pop("output")
+    worst = max(errors, key=errors.__getitem__)
+    return {
+        "output_error": float(f"{output_error:.2g}"),
+        "gradient_error": float(f"{errors[worst]:.2g}"),
+        "worst_gradient": worst,
+        "tensors": len(errors),
+    }
 
 
 if __name__ == "__main__":

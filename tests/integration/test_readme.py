@@ -12,7 +12,7 @@ from trainer.cli import load_config
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *("README.md", "docs/data.md", "docs/sampling.md", "docs/evaluation.md"),
-    *("conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"),
+    *("docs/checkpoints.md", "conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"),
 ]
 OTHERS_RUN_IT = {"make test": "the tests themselves", "git clone": "CI", "cd ": "CI"}
 NEEDS_SLURM = "hydra/launcher=submitit_slurm"
@@ -70,7 +70,9 @@ def adapted(words: list[str], workshop: Workshop, run: Path) -> list[str]:
     if "--cfg" in words:
         return words
     experiment = next(word for word in words if word.startswith("+experiment=")).partition("=")[2]
-    small = workshop.overrides(experiment, "train.max_steps=2", run=run / experiment)
+    # a run keeps the averages that it began with: this one is apart from the others
+    folder = run / ("widths" if "run.name=widths" in words else experiment)
+    small = workshop.overrides(experiment, "train.max_steps=2", run=folder)
     own = [f"sample.out={run / 'drawn'}", f"conditioner.pretrained={run / 'clip.safetensors'}"]
     if "trainer.clip" not in words:
         own = own[:1]
