@@ -44,6 +44,8 @@ warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarnin
 
 COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
 """What DeepSpeed counts of its own."""
+FRAGMENT = "_hp_mapping"
+"""DeepSpeed's attribute of a parameter that leads to its fp32 state, at stages 1 and 2."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam's state holds for each parameter."""
 
@@ -253,6 +255,12 @@ class Engine:
         if self._stage == 0:
             tensor = parameter if kind == "weight" else self._inner.state[parameter][kind]
             return tensor.detach().clone()
+        if self._stage < 3 and self._ranks.world_size == 1:
+            # what the getters give, without a buffer of zeros and a reduction over one rank
+            fragment = getattr(parameter, FRAGMENT).get_hp_fragment(
+                None if kind == "weight" else kind
+            )
+            return fragment.detach().clone().view(parameter.shape)
         full = (
             safe_get_full_fp32_param(parameter)
             if kind == "weight"

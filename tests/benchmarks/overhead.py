@@ -4,7 +4,8 @@ The demo's U-Net (9.35 M parameters) on random latents in batches of 16. The bar
 model, loss, data and optimizer, and nothing else: no DeepSpeed, EMA, logging or requests to stop.
 Every 10 steps the run logs once. Overrides on the command line change the run: deepspeed=zero0.
 
-trainer_pct: more time the run takes. ema_pct: the averages' share of a step.
+trainer_pct: more time the run takes. ema_pct: the averages' share of a step. Both in processor
+time of the process, which other programs on the machine do not change much.
 checkpoint_stall_ms: how long training stands still for a checkpoint written in the background;
 copy_ms: how long a copy of the same tensors takes. start_s: from the start of the process to the
 end of the first step, less `import torch, deepspeed`.
@@ -50,7 +51,7 @@ class BareLoop:
 
     def steps(self, count: int) -> float:
         """Seconds that so many steps take."""
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         for _ in range(count):
             for batch in next(self._batches):
                 for loss in self._task.losses("denoiser", self._module, [batch], self._step):
@@ -63,7 +64,7 @@ class BareLoop:
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._step += 1
-        return time.perf_counter() - start_s
+        return time.process_time() - start_s
 
 
 class Turns(StopRequest):
@@ -81,19 +82,21 @@ class Turns(StopRequest):
         self._steps += 1
         if self._steps % EVERY == 1:  # a block ends a step after its line was logged
             if self._steps > 1:
-                self.run_s.append(time.perf_counter() - self._start_s)
+                self.run_s.append(time.process_time() - self._start_s)
             self.bare_s.append(self._bare.steps(EVERY))
-            self._start_s = time.perf_counter()
+            self._start_s = time.process_time()
         return super().agreed(must)
 
 
-def timed(function: Callable[[], object], into: list[float]) -> Callable[[], None]:
+def timed(
+    function: Callable[[], object], into: list[float], clock: Callable[[], float]
+) -> Callable[[], None]:
     """The function, with its seconds kept."""
 
     def call() -> None:
-        start_s = time.perf_counter()
+        start_s = clock()
         function()
-        into.append(time.perf_counter() - start_s)
+        into.append(clock() - start_s)
 
     return call
 
@@ -156,15 +159,15 @@ def main() -> None:
         bare.steps(2)
         ranks, ema_s, save_s, copy_s = join(), [], [], []
         run = Run(config, ranks, DiffusionTask(config, ranks), None)
-        run.engine._update_averages = timed(run.engine._update_averages, ema_s)
+        run.engine._update_averages = timed(run.engine._update_averages, ema_s, time.process_time)
         turns = Turns(bare)
         run.train(turns)
         tensors = [tensor for *_, tensor in run.engines.tensors()]
+        clock = time.perf_counter
         for _ in range(SAVES):
             run.checkpoints.wait()
-            timed(lambda: [tensor.clone() for tensor in tensors], copy_s)()
-            timed(run._save, save_s)()
-            bare.steps(2)
+            timed(lambda: [tensor.clone() for tensor in tensors], copy_s, clock)()
+            timed(run._save, save_s, clock)()
         run.close()
         step_s = statistics.median(turns.run_s) / EVERY
         pairs = zip(turns.run_s, turns.bare_s[1:], strict=False)

@@ -67,7 +67,9 @@ def live(folder: Path, config: Config, rank: int, life: int, last: int) -> None:
     checkpoint = latest_checkpoint(folder / "checkpoints", ranks)
     step = checkpoint.step if checkpoint else 0
     torch.manual_seed(0)
-    engines = Engines({"wide": Wide()}, config, ranks, checkpoint)
+    engines = Engines({"wide": Wide()}, config, ranks)
+    if checkpoint is not None:
+        engines.load(checkpoint)
     writer = CheckpointWriter(folder / "checkpoints", ranks, Retention(keep=2), step, 2**20)
     if ranks.is_main:
         (folder / f"life{life}").write_text(str(step))

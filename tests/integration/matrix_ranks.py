@@ -52,7 +52,10 @@ class Odd(nn.Module):
 
 def build(config: Config, ranks: Ranks, checkpoint: Checkpoint | None) -> Engines:
     torch.manual_seed(0)
-    return Engines({"odd": Odd()}, config, ranks, checkpoint)
+    engines = Engines({"odd": Odd()}, config, ranks)
+    if checkpoint is not None:
+        engines.load(checkpoint)
+    return engines
 
 
 def train(engines: Engines, config: Config, ranks: Ranks, first: int, last: int) -> list[dict]:
