@@ -89,6 +89,7 @@ class Run:
         self.ranks = ranks
         self.task = task
         self.folder = Path(config.run.dir)
+        self.described = describe(config)  # it takes tens of ms, and every save wants it
         self.watchdog = Watchdog(config.watchdog, self.folder, ranks)
         self.progress = Progress(0, not config.eval.every, self._new_wandb_id())
         self.meter = Meter(ranks, config.train.precision)
@@ -303,7 +304,7 @@ class Run:
         return {
             "images_seen": self.progress.step * self.config.train.global_batch_size,
             "task": self.task.state(),
-            "config": describe(self.config),
+            "config": self.described,
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -324,8 +325,8 @@ class Run:
         if self.config.logger.wandb.mode is not WandbMode.disabled:
             from trainer.callbacks.wandb import Wandb
 
-            about: dict[str, Any] = describe(self.config)
-            yield Wandb(self.config.logger.wandb, self.config.run, about, self.progress.wandb_id)
+            options = self.config.logger.wandb
+            yield Wandb(options, self.config.run, self.described, self.progress.wandb_id)
 
     def _new_wandb_id(self) -> str:
         """The same for every start of this run folder."""
