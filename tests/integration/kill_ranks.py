@@ -61,6 +61,7 @@ class Wide(nn.Module):
 def live(folder: Path, config: Config, rank: int, life: int, last: int) -> None:
     """One life of one rank: go on from the newest checkpoint, up to step `last`."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # wanted by join, and unused
     rendezvous = f"file://{folder / f'rendezvous{life}'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=RANKS)
     ranks = join()

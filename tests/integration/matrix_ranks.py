@@ -93,6 +93,7 @@ def write(folder: Path, name: str, engines: Engines, done: list[dict], ranks: Ra
 
 def job(folder: Path, overrides: list[str], rank: int, world: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # wanted by join, and unused
     rendezvous = f"file://{folder / f'rendezvous{world}'}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     ranks = join()
