@@ -129,10 +129,11 @@ def test_compvis_unets_are_what_diffusers_reads(options):
 def test_fused_attention_is_ldms():
     """The arithmetic of LDM's AttentionBlock on the converted tensors (its QKVAttentionLegacy)."""
     config, network = unet({"context_dim": 0})
+    network.double()
     theirs, heads = compvis_unet(config, network), config.heads[-1]
     ours = network.get_submodule("mid_block.attentions.0")
     assert isinstance(ours, SpatialAttention)
-    x = torch.randn(2, 48, 3, 4)
+    x = torch.randn(2, 48, 3, 4, dtype=torch.float64)
     normed = ours.group_norm(x).flatten(2)
     conv = nn.functional.conv1d
     qkv, out = (f"middle_block.1.{name}" for name in ("qkv", "proj_out"))
@@ -142,7 +143,7 @@ def test_fused_attention_is_ldms():
     weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(dim=-1)
     mixed = torch.einsum("bts,bcs->bct", weights, v).reshape(2, 48, -1)
     expected = x + conv(mixed, theirs[f"{out}.weight"], theirs[f"{out}.bias"]).view(x.shape)
-    torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_whole_stable_diffusion_file_gives_first_stage_and_averaged_unet(tmp_path):
