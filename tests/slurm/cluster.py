@@ -74,7 +74,7 @@ NodeName=DEFAULT CPUs={cpus} RealMemory={memory} Gres=gpu:{gpus} State=UNKNOWN
 {nodes}
 PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=30 State=UP
 PartitionName=gpu Default=YES PriorityTier=1 PreemptMode=OFF
-PartitionName=preemptible PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=preemptible PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=urgent PriorityTier=10 PreemptMode=OFF
 """
 

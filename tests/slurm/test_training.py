@@ -84,7 +84,7 @@ def four_nodes(stage: Stage) -> None:
 
 def time_limit(stage: Stage) -> None:
     """Near twice. Slurm looks every 30 s, so a warning that is due at once comes soon."""
-    job = stage.train(*TWO_NODES, "--time=2", "--signal=USR1@120")
+    job = stage.train(*TWO_NODES, "--time=5", "--signal=USR1@300")
     for restart in (1, 2):
         stage.hold_until_warned(job, restart)
         stage.wait_for_restart(job, restart)
