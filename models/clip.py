@@ -6,7 +6,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import open_clip
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import hub
 from models.config import ConditionerConfig
@@ -79,6 +81,29 @@ def load_clip(config: ConditionerConfig) -> Clip:
         text_architecture={**text, "quick_gelu": architecture.get("quick_gelu", False)},
         embed_dim=architecture["embed_dim"],
     )
+
+
+class TextTower(NamedTuple):
+    """What the text tower of a CLIP costs, without its weights."""
+
+    parameters: int
+    tokens: int
+    flops: int
+    """Of one caption."""
+
+
+def text_tower(model: str) -> TextTower:
+    """The text tower of `conditioner.model`; nothing is loaded. Raises as `load_clip`."""
+    architecture = _architecture(model)
+    separate_text_tower = architecture.pop("custom_text", False)
+    with torch.device("meta"):
+        clip = (open_clip.CustomTextCLIP if separate_text_tower else open_clip.CLIP)(**architecture)
+        tokens = architecture["text_cfg"].get("context_length", 77)
+        with FlopCounterMode(display=False) as counter:
+            clip.encode_text(torch.zeros(1, tokens, dtype=torch.long))
+    del clip.visual
+    parameters = sum(parameter.numel() for parameter in clip.parameters())
+    return TextTower(parameters, tokens, counter.get_total_flops())
 
 
 def _architecture(model: str) -> dict[str, Any]:

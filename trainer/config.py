@@ -322,6 +322,29 @@ class ExportConfig:
 
 
 @dataclass(slots=True, kw_only=True)
+class PlanConfig:
+    """The machine that `trainer.plan` plans for; no other command reads this."""
+
+    gpu: str = "a100_80gb"
+    """A name in conf/plan/gpus.yaml."""
+    nodes: int = 1
+    gpus_per_node: int = 8
+    mfu: float = 0.23
+    """Share of the GPU's dense peak that forward and backward passes reach; docs/planning.md."""
+    reserve_gib: float = 4.0
+    """GPU memory for what no plan sees: the CUDA context, NCCL, convolutions' workspaces,
+    fragments."""
+    network_gbit_per_s: float = 400.0
+    """Of one node to the others."""
+    store_gib_per_s: float = 2.0
+    """What the store gives to, and takes from, the whole job."""
+    price_per_gpu_hour: float = 0.0
+    """In any currency; 0 leaves the cost out."""
+    compare: bool = False
+    """Tabulate ZeRO stages, activation checkpointing and micro batches."""
+
+
+@dataclass(slots=True, kw_only=True)
 class Config:
     """One experiment, from raw images to evaluated samples."""
 
@@ -353,3 +376,4 @@ class Config:
     precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

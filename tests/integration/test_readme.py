@@ -11,7 +11,7 @@ from trainer.cli import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
-    *("README.md", "docs/data.md", "docs/sampling.md", "docs/evaluation.md"),
+    *("README.md", "docs/data.md", "docs/planning.md", "docs/sampling.md", "docs/evaluation.md"),
     *("docs/checkpoints.md", "conf/autoencoder/emoji_f4.md", "conf/clip/emoji.md"),
 ]
 OTHERS_RUN_IT = {"make test": "the tests themselves", "git clone": "CI", "cd ": "CI"}
@@ -67,7 +67,7 @@ def adapted(words: list[str], workshop: Workshop, run: Path) -> list[str]:
     """The command, sent to the workshop."""
     if "trainer.report" in words:
         return [*words[:-1], str(run / "emoji")]
-    if "--cfg" in words:
+    if "--cfg" in words or "trainer.plan" in words:
         return words
     experiment = next(word for word in words if word.startswith("+experiment=")).partition("=")[2]
     # a run keeps the averages that it began with: this one is apart from the others
