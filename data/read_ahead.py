@@ -1,8 +1,13 @@
 """Answers to requests, in their order and a few in advance: by threads, or by processes."""
 
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
 import torch
@@ -59,11 +64,15 @@ def with_processes(
         multiprocessing_context="fork",  # workers inherit `answer` instead of unpickling it
         generator=torch.Generator(),  # otherwise the loader draws from torch's global state
     )
-    results = iter(loader)
+    others = active_children()
+    with _watched(()):
+        results = iter(loader)
+    processes = [process for process in active_children() if process not in others]
     try:
         while True:
             try:
-                result = next(results)
+                with _watched(processes):
+                    result = next(results)
             except (RuntimeError, OSError, EOFError) as error:
                 raise ChildProcessError(
                     f"data.workers: one of {workers} decoding processes died, perhaps for lack of "
@@ -74,6 +83,29 @@ def with_processes(
             yield result
     finally:
         del results  # ends the workers now; an error's trace would keep them
+
+
+@contextmanager
+def _watched(processes: Collection[BaseProcess]) -> Iterator[None]:
+    """Raise in this block, and only here, when one of some processes has died.
+
+    DataLoader would raise from a signal handler, wherever the main thread happens to be. In other
+    threads it looks by itself, every few seconds.
+    """
+
+    def check(*_: object) -> None:
+        if any(process.exitcode is not None for process in processes):
+            raise ChildProcessError
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, check)
+    try:
+        check()
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class _Answers(Dataset[Answer | Exception], Generic[Request, Answer]):

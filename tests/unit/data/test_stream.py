@@ -158,7 +158,7 @@ def test_workers_and_read_ahead_change_nothing(image_set, prefetch):
 def test_nothing_runs_on_after_a_stream_is_closed(image_set):
     threads = threading.active_count()
     take(images(image_set()), 2)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # those of an earlier test may still be ending
     take(images(image_set(workers=2)), 2)
     assert multiprocessing.active_children() == []
 
@@ -170,8 +170,10 @@ def test_a_killed_worker_is_an_error_after_which_nothing_is_missing_or_twice(ima
     config.workers = workers
     iterator = images(config, micro_batch=8).steps(0)
     found = list(islice(iterator, 2))
-    with pytest.raises((ChildProcessError, RuntimeError), match=r"data\.workers|is killed"):
-        os.kill(multiprocessing.active_children()[-1].pid or 0, signal.SIGKILL)
+    pid = multiprocessing.active_children()[-1].pid or 0
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # raises nothing, nor does any other code
+    with pytest.raises(ChildProcessError, match=rf"^data\.workers: one of {workers} decoding"):
         for step in iterator:
             found.append(step)
             assert len(found) < 12
