@@ -9,7 +9,7 @@ from data import read_ahead
 from data.captions import choose_caption
 from data.codecs import BadSampleError
 from data.manifest import Kind
-from data.reader import StoredBatch, decode_square
+from data.stored import StoredBatch, decode_square
 from data.stream import Request, Result, Rows, Stream, Visits
 
 

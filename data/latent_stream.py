@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from data.buffers import Buffers
 from data.captions import choose_caption
 from data.codecs import BadSampleError, decode_npy
 from data.config import CaptionForm, DataConfig
 from data.manifest import Kind, Manifest, ManifestError
 from data.mixture import MixturePlan, join_latents, share_lanes
 from data.plan import LanePlan
-from data.reader import ArrayLayout, StoredBatch
+from data.stored import ArrayLayout, StoredBatch
 from data.stream import Rows, Stream, Visits, shard_sizes
 
 
@@ -43,6 +44,10 @@ class LatentStream(Stream):
             )
         if data_config.store_text:
             self._layouts["text"] = self._text_layout()
+        self._buffers = {
+            name: Buffers((self._micro_batch, *layout.shape), layout.dtype)
+            for name, layout in self._layouts.items()
+        }
 
     @cached_property
     def plan(self) -> LanePlan | MixturePlan:
@@ -94,16 +99,17 @@ class LatentStream(Stream):
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         """Read all at once, then one by one those that are unlike the others."""
         flip = visits.flip
-        captions, sound = self._captions(samples, visits.draw)
-        rows = Rows(keys=samples.keys(), captions=captions, arrays={}, bad={})
+        arrays, sound = {}, np.ones(len(samples), bool)
         for name, layout in self._layouts.items():
             members = samples.members(f"{name}.npy")
             if name == "moments" and flip.any():
-                mirrored = samples.members("flip.moments.npy")
-                pairs = zip(members, mirrored, flip.tolist(), strict=True)
-                members = [other if flipped else plain for plain, other, flipped in pairs]
-            rows.arrays[name], alike = samples.arrays(members, layout)
-            sound &= alike
+                members[flip] = samples.members("flip.moments.npy")[flip]
+            arrays[name] = self._buffers[name].take(len(samples))
+            sound &= samples.copy(members, layout, arrays[name])
+        # after the arrays, as captions lie right behind them and are on their way to the processor
+        captions, readable = self._captions(samples, visits.draw)
+        sound &= readable
+        rows = Rows(keys=samples.keys(), captions=captions, arrays=arrays, bad={})
         for row in np.flatnonzero(~sound).tolist():
             stored = samples[row]
             try:

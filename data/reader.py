@@ -3,190 +3,23 @@
 import hashlib
 import mmap
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
 from threading import Lock
-from typing import NamedTuple, Self
 
 import numpy as np
-from isal.isal_zlib import crc32
-from numpy.typing import DTypeLike, NDArray
 
 from data.cache import CacheFullError, FileCache, ListedFile
-from data.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_image, decode_text, encode_npy
+from data.codecs import BadSampleError
 from data.config import CacheConfig
 from data.manifest import Manifest, ManifestError, Shard
 from data.storage import join, local_path, map_bytes, size_bytes
-from data.tar import decode_index
-from data.transforms import square
+from data.stored import Ids, OpenShard, StoredBatch
+from data.tar import check_places, decode_index
 
 MAX_OPEN_SHARDS = 256
 MAX_RESIDENT_BYTES = 2**26
 """How much is read before the pages of the mappings are given back."""
 MAX_MAPPED_BYTES = 2**29
 """A smaller data set stays mapped: to map a page again costs more than to read it."""
-
-Ids = NDArray[np.int64]
-Member = tuple[int, int, int]
-"""Offset, size and CRC-32."""
-NO_MEMBER: Member = (0, 0, 0)
-
-
-class _OpenShard(NamedTuple):
-    name: str
-    keys: NDArray[np.bytes_]
-    members: dict[str, NDArray]
-    payloads: memoryview
-
-    def payload(self, extension: str, offset: int, size: int, crc: int) -> memoryview:
-        """Return a member's bytes, without a copy.
-
-        Raises:
-            BadSampleError: there is no such member, or its bytes are not those indexed.
-        """
-        if offset == 0:
-            raise BadSampleError(f"no .{extension}")
-        payload = self.payloads[offset : offset + size]
-        if crc32(payload) != crc:
-            raise BadSampleError(f"the checksum of .{extension} does not match")
-        return payload
-
-
-class StoredSample(NamedTuple):
-    """A sample where it lies: a row of a shard's index."""
-
-    shard: _OpenShard
-    row: int
-
-    @property
-    def key(self) -> str:
-        """The sample's key, unique within its shard."""
-        return self.shard.keys[self.row].decode()
-
-    def has(self, extension: str) -> bool:
-        """Say whether the sample has a member."""
-        column = self.shard.members.get(extension)
-        return column is not None and bool(column["offset"][self.row])
-
-    def member(self, extension: str) -> memoryview | None:
-        """Return a member's bytes, without a copy; None if the sample has no such member.
-
-        Raises:
-            BadSampleError: its bytes are not those indexed.
-        """
-        return self.payload(extension) if self.has(extension) else None
-
-    def payload(self, extension: str) -> memoryview:
-        """Return a member's bytes, without a copy.
-
-        Raises:
-            BadSampleError: the sample has no such member, or its bytes are not those indexed.
-        """
-        column = self.shard.members.get(extension)
-        member = NO_MEMBER if column is None else column[self.row].item()
-        return self.shard.payload(extension, *member)
-
-
-class ArrayLayout(NamedTuple):
-    """The .npy files that our own writer makes of arrays of one data type and shape."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    header_bytes: int
-    header_crc: int
-
-    @classmethod
-    def of(cls, dtype: DTypeLike, shape: Sequence[int]) -> Self:
-        """Describe the files of arrays of a data type and shape."""
-        array = np.zeros(shape, dtype)
-        file = encode_npy(array)
-        header = file[: len(file) - array.nbytes]
-        return cls(array.dtype, array.shape, len(header), crc32(header))
-
-
-class StoredBatch:
-    """Samples where they lie, read side by side: all of one member at a time."""
-
-    def __init__(self, shards: dict[int, _OpenShard], numbers: Ids, rows: Ids) -> None:
-        self._shards, self._numbers, self._rows = shards, numbers, rows
-        self._groups: list[tuple[_OpenShard, Ids, Ids]] = []
-        """Each shard with its samples' places in the batch and rows in its index, [n] each."""
-        for number, shard in shards.items():
-            places = np.flatnonzero(numbers == number)
-            self._groups.append((shard, places, rows[places]))
-        self._payloads = [shards[number].payloads for number in numbers.tolist()]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, place: int) -> StoredSample:
-        return StoredSample(self._shards[int(self._numbers[place])], int(self._rows[place]))
-
-    def __iter__(self) -> Iterator[StoredSample]:
-        return (self[place] for place in range(len(self)))
-
-    def keys(self) -> list[str]:
-        """Return the samples' keys, each unique within its shard."""
-        keys = [""] * len(self)
-        for shard, places, rows in self._groups:
-            for place, key in zip(places.tolist(), shard.keys[rows].tolist(), strict=True):
-                keys[place] = key.decode()
-        return keys
-
-    def members(self, *extensions: str) -> list[Member]:
-        """Return where the first of the members lies that a sample has, for each sample."""
-        members = [NO_MEMBER] * len(self)
-        for shard, places, rows in self._groups:
-            for extension in reversed(extensions):
-                if extension in shard.members:
-                    found = shard.members[extension][rows].tolist()
-                    for place, member in zip(places.tolist(), found, strict=True):
-                        if member[0]:
-                            members[place] = member
-        return members
-
-    def texts(self, members: list[Member]) -> tuple[list[str], NDArray[np.bool_]]:
-        """Read text members.
-
-        Returns:
-            texts: [B], of meaning only where sound.
-            sound: [B] bool: the member is there, unchanged, and a text.
-        """
-        texts, sound = [""] * len(self), np.zeros(len(self), bool)
-        for place, (offset, size, crc) in enumerate(members):
-            payload = self._payloads[place][offset : offset + size]
-            if offset and crc32(payload) == crc:
-                try:
-                    texts[place] = decode_text(payload)
-                except BadSampleError:
-                    continue
-                sound[place] = True
-        return texts, sound
-
-    def arrays(
-        self, members: list[Member], layout: ArrayLayout
-    ) -> tuple[NDArray, NDArray[np.bool_]]:
-        """Copy array members of one layout out of the shards.
-
-        Returns:
-            arrays: [B, *shape], of meaning only where sound.
-            sound: [B] bool: the member is there, unchanged, and of this layout.
-        """
-        arrays = np.empty((len(self), *layout.shape), layout.dtype)
-        sound = np.zeros(len(self), bool)
-        rows = arrays.reshape(-1).view(np.uint8).data
-        row_bytes = len(rows) // max(len(self), 1)
-        for place, (offset, size, crc) in enumerate(members):
-            start = offset + layout.header_bytes
-            header = self._payloads[place][offset:start]
-            values = self._payloads[place][start : offset + size]
-            if (
-                len(values) == row_bytes
-                and crc32(header) == layout.header_crc
-                and crc32(values, layout.header_crc) == crc
-            ):
-                rows[place * row_bytes : (place + 1) * row_bytes] = values
-                sound[place] = True
-        return arrays, sound
 
 
 class ShardReader:
@@ -208,7 +41,7 @@ class ShardReader:
         self._starts = self._ends - sizes
         self._mean_bytes = manifest.size_bytes / max(manifest.samples, 1)
         self._resident_bytes = 0.0
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = Lock()
 
     def find(self, samples: Ids) -> StoredBatch:
@@ -260,7 +93,7 @@ class ShardReader:
             for number in self._open.keys() - set(shards.tolist()):
                 del self._open[number]
 
-    def _shard(self, number: int) -> _OpenShard:
+    def _shard(self, number: int) -> OpenShard:
         with self._lock:
             while number not in self._open:
                 try:
@@ -304,7 +137,7 @@ class ShardReader:
         is_remote = local_path(file.location) is None
         return self.cache.map(file) if is_remote else map_bytes(file.location)
 
-    def _open_shard(self, shard: Shard) -> _OpenShard:
+    def _open_shard(self, shard: Shard) -> OpenShard:
         """Map a shard and its index, which must be those of the manifest.
 
         Raises:
@@ -327,18 +160,9 @@ class ShardReader:
                 f"{index_file.location} is not the index of the manifest: its hash differs; "
                 "pack again"
             )
-        rows = decode_index(index)
-        members = {name: rows[name] for name in rows.dtype.fields or () if name != "key"}
-        return _OpenShard(shard.name, rows["key"], members, memoryview(payloads))
-
-
-def decode_square(sample: StoredSample, size: int) -> NDArray[np.uint8]:
-    """Decode a sample's image into the network's frame: [size, size, 3] uint8.
-
-    Raises:
-        BadSampleError: it has no image, or none that can be decoded.
-    """
-    for extension in IMAGE_EXTENSIONS:
-        if sample.has(extension):
-            return square(decode_image(sample.payload(extension)), size)
-    raise BadSampleError("no image")
+        try:
+            rows = decode_index(index)
+            check_places(rows, shard.samples, shard.size_bytes)
+        except BadSampleError as error:
+            raise ManifestError(f"{index_file.location}: {error}; pack again") from error
+        return OpenShard(shard.name, rows, memoryview(payloads))

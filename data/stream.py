@@ -21,7 +21,8 @@ from data.manifest import Kind, Manifest, ManifestError, Rejected
 from data.mixture import MixturePlan
 from data.plan import Ids, LanePlan
 from data.quarantine import Quarantine
-from data.reader import ShardReader, StoredBatch, StoredSample
+from data.reader import ShardReader
+from data.stored import StoredBatch, StoredSample
 
 Flips = Callable[[Ids, Ids], np.ndarray]
 """(epoch [B], index [B]) → [B] bool: whether each visit is mirrored."""

@@ -277,3 +277,18 @@ def decode_index(payload: mmap | bytes) -> np.ndarray:
     except UnicodeDecodeError as error:
         raise BadSampleError("offset index with a key that is not UTF-8 text") from error
     return index
+
+
+def check_places(index: np.ndarray, samples: int, shard_bytes: int) -> None:
+    """Check that an index is one of so many samples, all within a shard of so many bytes.
+
+    Raises:
+        BadSampleError: it is not.
+    """
+    if len(index) != samples or (samples and shard_bytes < BLOCK_BYTES):
+        raise BadSampleError(f"offset index of {len(index)} samples, not {samples}")
+    for name in (index.dtype.names or ())[1:]:
+        offsets, sizes = index[name]["offset"], index[name]["size"].astype(np.int64)
+        inside = (offsets >= 0) & (offsets <= shard_bytes - sizes) & (offsets % BLOCK_BYTES == 0)
+        if not inside.all():
+            raise BadSampleError(f"offset index with a .{name} that is not in the shard")

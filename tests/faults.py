@@ -30,7 +30,7 @@ def rewrite_latents(
             (stored,) = reader.find(np.array([number % manifest.samples]))
             members = {
                 extension: bytes(stored.payload(extension))
-                for extension in stored.shard.members
+                for extension in (stored.shard.index.dtype.names or ())[1:]
                 if stored.has(extension)
             }
             if number in changes:

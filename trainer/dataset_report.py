@@ -18,8 +18,9 @@ from data.codecs import (
 from data.config import DataConfig
 from data.manifest import LatentInfo, Manifest, data_sets
 from data.metadata import aspect
-from data.reader import ShardReader, StoredSample
+from data.reader import ShardReader
 from data.storage import local_path, write_atomic
+from data.stored import StoredSample
 from trainer.contact_sheet import contact_sheet
 
 CONTACT_SHEET_NAME = "contact_sheet.png"

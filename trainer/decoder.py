@@ -14,7 +14,8 @@ from data.captions import choose_caption
 from data.codecs import CAPTION_EXTENSIONS, BadSampleError
 from data.manifest import Manifest, Rejected, Shard
 from data.read_ahead import with_processes, with_thread
-from data.reader import ShardReader, decode_square
+from data.reader import ShardReader
+from data.stored import decode_square
 from trainer.config import Config
 
 COPIED_EXTENSIONS = (*CAPTION_EXTENSIONS, "json")

@@ -91,7 +91,7 @@ def damage(folder: str, number: int, extension: str) -> None:
     (stored,) = ShardReader(folder, manifest).find(np.array([number]))
     path = Path(folder) / stored.shard.name
     payload = bytearray(path.read_bytes())
-    offset = int(stored.shard.members[extension]["offset"][stored.row])
+    offset = int(stored.shard.index[extension]["offset"][stored.row])
     payload[offset + 3] ^= 1
     path.write_bytes(payload)
 

@@ -16,6 +16,7 @@ from data.tar import (
     MAX_EXTENDED_BYTES,
     MAX_MEMBER_BYTES,
     MEMBER_DTYPE,
+    check_places,
     decode_index,
     index_shard,
     scan,
@@ -338,3 +339,15 @@ def test_pickle_and_foreign_arrays_are_no_index():
     ):
         with pytest.raises(BadSampleError):
             decode_index(payload)
+
+
+@pytest.mark.parametrize("place", [(-512, 9, 0), (2048, 1, 0), (512, 2000, 0), (513, 9, 0)])
+def test_an_index_of_members_outside_the_shard_is_refused(place):
+    index = np.zeros(2, [("key", "S4"), ("png", MEMBER_DTYPE)])
+    index["png"] = [(512, 1536, 0), (0, 0, 0)]
+    check_places(index, 2, 2048)
+    with pytest.raises(BadSampleError, match="2 samples, not 3"):
+        check_places(index, 3, 2048)
+    index["png"][1] = place
+    with pytest.raises(BadSampleError, match=r"\.png that is not in the shard"):
+        check_places(index, 2, 2048)

@@ -40,7 +40,7 @@ def place(data: DataConfig, number: int, extension: str) -> tuple[Path, int]:
     """The file and the offset of a sample's member."""
     manifest = Manifest.load(data.train, option="data.train")
     (stored,) = ShardReader(data.train, manifest).find(np.array([number]))
-    offset = int(stored.shard.members[extension]["offset"][stored.row])
+    offset = int(stored.shard.index[extension]["offset"][stored.row])
     return Path(data.train) / stored.shard.name, offset
 
 
@@ -169,7 +169,7 @@ def read_members(data: DataConfig, manifest: Manifest) -> dict[tuple[int, str], 
     found = {}
     for stored in ShardReader(data.train, manifest).find(np.arange(manifest.samples)):
         for extension in ("png", "txt"):
-            offset = int(stored.shard.members[extension]["offset"][stored.row])
+            offset = int(stored.shard.index[extension]["offset"][stored.row])
             try:
                 found[offset, extension] = bytes(stored.payload(extension))
             except BadSampleError:
