@@ -94,7 +94,10 @@ class AutoencoderVQ(Autoencoder):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config, encoder_channels=config.latent_channels)
         self.quantize = VectorQuantizer(
-            config.num_embeddings, config.latent_channels, decay=config.codebook_decay
+            config.num_embeddings,
+            config.latent_channels,
+            decay=config.codebook_decay,
+            revival=config.codebook_revival,
         )
 
     def encode(self, images: Tensor) -> Tensor:
@@ -294,7 +297,8 @@ def fingerprint(autoencoder: Autoencoder) -> str:
     Take it before the network is cast to a narrower type.
     """
     # Attention and codebook show in the names and shapes of the weights.
-    skipped = {"weights", "loss", "attention_levels", "num_embeddings", "codebook_decay"}
+    codebook = {"num_embeddings", "codebook_decay", "codebook_revival"}
+    skipped = {"weights", "loss", "attention_levels", *codebook}
     architecture = {
         option.name: getattr(autoencoder.config, option.name)
         for option in fields(autoencoder.config)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from models.config import (
+    AutoencoderConfig,
     ConditionerConfig,
     ConditionerKind,
     DiffusionConfig,
@@ -25,6 +26,25 @@ def conditioner_problems(config: ConditionerConfig) -> Iterator[str]:
             yield "conditioner.features=penultimate is of conditioner.kind=text; use last or pooled"
         if config.context_length < 1:
             yield f"conditioner.context_length={config.context_length} must be positive"
+
+
+def first_stage_problems(config: AutoencoderConfig, image_size: int) -> Iterator[str]:
+    """Of training one, a line for each, with the path of the option and what to do."""
+    loss, discriminator = config.loss, config.loss.discriminator
+    if config.codebook_decay and config.weights:
+        yield (
+            "autoencoder.weights has no counts for autoencoder.codebook_decay to go on with: let "
+            "the codes learn by gradient (autoencoder.codebook_decay=0), or train from scratch"
+        )
+    if config.codebook_revival and not config.codebook_decay:
+        yield "autoencoder.codebook_revival needs autoencoder.codebook_decay, such as 0.99"
+    if min(discriminator.channels, discriminator.layers) < 1:
+        yield "autoencoder.loss.discriminator needs at least 1 channel and 1 layer"
+    elif loss.gan_weight and image_size < 3 * 2**discriminator.layers:
+        yield (
+            f"autoencoder.loss.discriminator.layers={discriminator.layers} leaves nothing of "
+            f"data.image_size={image_size}: take fewer layers"
+        )
 
 
 def diffusion_problems(config: DiffusionConfig) -> Iterator[str]:

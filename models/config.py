@@ -76,16 +76,59 @@ class SamplerName(StrEnum):
     unipc = "unipc"
 
 
+class PerceptualFeatures(StrEnum):
+    """Whose activations the perceptual distance compares."""
+
+    vgg16 = "vgg16"
+    """LPIPS (Zhang et al. 2018), with its authors' weights of the channels."""
+    efficientnet_lite0 = "efficientnet_lite0"
+    """All channels alike; the network comes with the demo extra, and needs no download."""
+
+
+class DiscriminatorNorm(StrEnum):
+    """What the discriminator's layers are normalised by."""
+
+    group = "group"
+    """Each image by itself: the same for any micro batch and number of ranks."""
+    batch = "batch"
+    """The micro batch of a rank, as in the paper: its loss curve depends on how they are cut."""
+
+
+@dataclass(slots=True, kw_only=True)
+class DiscriminatorConfig:
+    """The patch discriminator (Isola et al. 2017, appendix 6.1.2)."""
+
+    channels: int = 64
+    """Of the first layer; each next one has twice as many, up to eight times."""
+    layers: int = 3
+    """Layers that halve the resolution."""
+    norm: DiscriminatorNorm = DiscriminatorNorm.group
+
+
 @dataclass(slots=True, kw_only=True)
 class FirstStageLossConfig:
-    """Weights of the first stage's loss (Rombach et al. 2022, appendix G)."""
+    """Weights of the first stage's loss (Rombach et al. 2022, appendix G; Esser et al. 2021)."""
 
     l1_weight: float = 1.0
     """Mean absolute error of the reconstruction."""
     l2_weight: float = 0.0
     """Mean squared error of the reconstruction; PSNR measures this."""
+    perceptual_weight: float = 1.0
+    """Perceptual distance; 0 needs none of its weights."""
+    perceptual_features: PerceptualFeatures = PerceptualFeatures.vgg16
+    perceptual_weights: str = ""
+    """vgg16: the file of torchvision's weights, vgg16-397923af.pth; empty downloads them."""
+    learn_log_variance: bool = True
+    """Divide the error by a learned variance, and add its logarithm."""
+    gan_weight: float = 0.5
+    """Adversarial term, in multiples of the weight at which its gradient at the decoder's last
+    layer is as large as the error's (Esser et al. 2021, equation 7); 0 trains no discriminator."""
+    gan_start_step: int = 50_001
+    """The first optimizer step, from 1, that trains a discriminator."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     kl_weight: float = 1e-6
-    """kl: divergence of the posterior from N(0, I), summed over a latent, averaged over images."""
+    """kl: divergence of the posterior from N(0, I), against the error, both summed over an
+    image's values: as in the paper's code, a tiny share of an error that is a mean here."""
     codebook_weight: float = 1.0
     """vq: what pulls codes and latents together, the commitment included."""
 
@@ -110,6 +153,9 @@ class AutoencoderConfig:
     """vq: codes in the codebook."""
     codebook_decay: float = 0.0
     """vq: above 0, codes are moving averages of their latents; else they learn by gradient."""
+    codebook_revival: float = 0.0
+    """vq with codebook_decay: a code that fewer latents than this choose at a step, by the moving
+    average, is moved to one of them (Dhariwal et al. 2020, appendix A)."""
     weights: str = ""
     """A file of trained weights: ours, diffusers' or CompVis'; empty trains from scratch."""
     loss: FirstStageLossConfig = field(default_factory=FirstStageLossConfig)

@@ -28,14 +28,18 @@ class VectorQuantizer(nn.Module):
 
     The codebook learns by gradient or, at a decay above 0, as the moving average of the latents
     that chose each code (appendix A.1). Then it is no parameter but a buffer, moved at every
-    training forward pass by the latents of all ranks: run them alike.
+    training forward pass by the latents of all ranks: run them alike. Codes whose average count
+    falls below `revival`, and at first all, are moved to latents.
     """
 
     counts: Tensor
 
-    def __init__(self, num_embeddings: int, width: int, *, decay: float = 0.0) -> None:
+    def __init__(
+        self, num_embeddings: int, width: int, *, decay: float = 0.0, revival: float = 0.0
+    ) -> None:
         super().__init__()
         self.decay = decay
+        self.revival = revival
         self.embedding = Codebook(num_embeddings, width, trainable=decay == 0.0)
         if decay:
             self.register_buffer("counts", torch.zeros(num_embeddings))
@@ -66,6 +70,11 @@ class VectorQuantizer(nn.Module):
         # a code that nobody ever chose has a count of 0, and does not move
         rate = (1 - self.decay) / counts.clamp(min=torch.finfo(counts.dtype).tiny)
         codebook.add_(rate[:, None] * (totals - chosen[:, None] * codebook))
+        idle = counts < self.revival
+        if idle.any():  # on all ranks alike
+            everywhere = _gather(pixels)
+            codebook[idle] = spread_choice(everywhere, codebook, int(idle.sum()))
+            counts[idle] = len(everywhere) / len(counts)
 
 
 class Codebook(nn.Module):
@@ -94,6 +103,28 @@ def nearest_codes(pixels: Tensor, codebook: Tensor) -> Tensor:
     # ½‖z − e‖² less ½‖z‖², which is the same for all codes
     chunks = (torch.addmm(half_norms, z, codebook.T, alpha=-1) for z in pixels.split(CHUNK))
     return torch.cat([distances.argmin(dim=1) for distances in chunks])
+
+
+def spread_choice(pixels: Tensor, codebook: Tensor, count: int) -> Tensor:
+    """Pixels that the codebook serves badly: [N, C], [K, C] → [count, C].
+
+    Systematic sampling in proportion to the squared distance from the nearest code, as k-means++
+    draws its seeds (Arthur and Vassilvitskii 2007), with even steps in the place of draws.
+    """
+    nearest = codebook[nearest_codes(pixels, codebook)]
+    reached = (pixels - nearest).double().square().sum(1).cumsum(0)
+    steps = torch.arange(count, dtype=reached.dtype, device=pixels.device) + 0.5
+    chosen = torch.searchsorted(reached, steps / count * reached[-1])
+    return pixels[chosen.clamp(max=len(pixels) - 1)]
+
+
+def _gather(pixels: Tensor) -> Tensor:
+    """Of all ranks, in their order: [N, C] → [ranks · N, C]."""
+    if not dist.is_initialized():
+        return pixels
+    parts = [torch.empty_like(pixels) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, pixels.contiguous())
+    return torch.cat(parts)
 
 
 def code_counts(codes: Tensor, num_embeddings: int) -> Tensor:

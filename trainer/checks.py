@@ -105,6 +105,8 @@ def _contradictions(config: Config, ranks: int) -> Iterator[str]:
     yield from _guards(config)
     if config.autoencoder.codebook_decay and config.train.precision is Precision.bf16:
         yield "autoencoder.codebook_decay: bf16 loses its small steps; use train.precision=fp32"
+    if config.task is Task.autoencoder:
+        yield from _first_stage(config)
     side, factor = config.data.image_size, config.autoencoder.downsample_factor
     if side % factor:
         yield f"data.image_size={side} is no multiple of the autoencoder's factor {factor}"
@@ -237,6 +239,15 @@ def _evaluation(config: Config) -> Iterator[str]:
         yield "eval.clip_model and eval.clip_pretrained go together: set both or neither"
     if own.batch_size < 1 or own.reference_samples < 0 or own.kid_subset_size < 2:
         yield "eval.batch_size, eval.reference_samples or eval.kid_subset_size is too small"
+
+
+def _first_stage(config: Config) -> Iterator[str]:
+    if config.deepspeed.stage == 3 and config.autoencoder.loss.gan_weight:
+        yield (
+            "deepspeed.stage=3 spreads the discriminator's weights, through which the first "
+            "stage's loss runs; use deepspeed.stage=2, or autoencoder.loss.gan_weight=0"
+        )
+    yield from first_stage_problems(config.autoencoder, config.data.image_size)
 
 
 def _diffusion(config: Config) -> Iterator[str]:

@@ -21,8 +21,7 @@ from data.image_stream import ImageStream
 from data.manifest import FILE_NAME
 from data.read_ahead import with_thread
 from data.storage import join, size_bytes
-from models.clip import Clip, load_clip
-from models.config import ConditionerConfig
+from models.clip import Clip
 from trainer import rng
 from trainer.config import Config, Features, Metric
 from trainer.distributed import Ranks
@@ -31,7 +30,7 @@ from trainer.image_folder import ImageFolder
 from trainer.images import grid, save_png, to_uint8
 from trainer.metrics.clip_score import ClipScore
 from trainer.metrics.compare import compare, needs_rows
-from trainer.metrics.extractors import build_feature_extractor
+from trainer.metrics.extractors import build_feature_extractor, load_eval_clip
 from trainer.metrics.feature_set import FeatureCollector, FeatureSet, batches
 from trainer.metrics.features import FeatureExtractor
 from trainer.metrics.frechet import frechet_distance
@@ -175,14 +174,7 @@ class Evaluator:
 
     @cached_property
     def _clip(self) -> Clip:
-        own = self._config.eval
-        if not own.clip_model:
-            return load_clip(self._config.conditioner)
-        chosen = ConditionerConfig(model=own.clip_model, pretrained=own.clip_pretrained)
-        try:
-            return load_clip(chosen)
-        except (ValueError, FileNotFoundError) as error:  # which name the conditioner's options
-            raise type(error)(str(error).replace("conditioner.", "eval.clip_")) from error
+        return load_eval_clip(self._config)
 
     @cached_property
     def _width(self) -> int:

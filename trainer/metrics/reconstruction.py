@@ -1,13 +1,25 @@
-"""How faithful a first stage's reconstructions are."""
+"""How faithful a first stage's reconstructions are: pixels, structure, and features."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import Features
+from trainer.images import to_uint8
+from trainer.metrics.features import FeatureExtractor
+from trainer.metrics.frechet import GaussianMoments, frechet_distance
 
 PEAK = 2.0
 """Range of pixels in [-1, 1]."""
 
 EIGHT_BIT_MSE = (PEAK / 255) ** 2 / 12
 """Mean squared error of rounding to 8 bits: nothing an image file can show is below it."""
+
+WINDOW, WINDOW_STD = 11, 1.5
+STABILISERS = (0.01, 0.03)
+"""SSIM's window in pixels and its K1 and K2 (Wang et al. 2004, section III.C)."""
 
 
 def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -21,25 +33,94 @@ def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
     return 10 * torch.log10(PEAK**2 / mse)
 
 
-class MeanPsnr:
-    """Mean of the images' PSNR, streamed."""
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Structural similarity of each image, at most 1 (Wang et al. 2004, equation 13).
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._count = torch.zeros((), dtype=torch.float64, device=device)
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+    images, reconstructions: [B, C, H, W] in [-1, 1], clamped to it; returns [B] float64. The mean
+    over channels and over all places of the Gaussian window inside the image.
+    Raises ValueError for images smaller than the window.
+    """
+    channels, height, width = images.shape[1:]
+    if min(height, width) < WINDOW:
+        raise ValueError(f"SSIM's window of {WINDOW} pixels is larger than {height} x {width}")
+    at = torch.arange(WINDOW, dtype=torch.float64, device=images.device) - WINDOW // 2
+    profile = torch.exp(-0.5 * (at / WINDOW_STD).square())
+    profile = (profile / profile.sum()).expand(channels, 1, WINDOW)
+
+    def smooth(x: Tensor) -> Tensor:
+        rows = F.conv2d(x, profile[:, :, None, :], groups=channels)
+        return F.conv2d(rows, profile[:, :, :, None], groups=channels)
+
+    x, y = images.double().clamp(-1, 1), reconstructions.double().clamp(-1, 1)
+    mean_x, mean_y = smooth(x), smooth(y)
+    var_x = smooth(x.square()) - mean_x.square()
+    var_y = smooth(y.square()) - mean_y.square()
+    covariance = smooth(x * y) - mean_x * mean_y
+    c1, c2 = ((k * PEAK) ** 2 for k in STABILISERS)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+class ReconstructionMetrics:
+    """Means over images, and Fréchet distances from the originals, streamed."""
+
+    def __init__(
+        self,
+        extractors: Sequence[FeatureExtractor] = (),
+        perceptual: tuple[str, nn.Module] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """perceptual: a distance of images and others [B, 3, H, W], giving [B], and its name."""
+        self._extractors = list(extractors)
+        self._perceptual = perceptual
+        names = ["psnr_db", "ssim"] + ([] if perceptual is None else [perceptual[0]])
+        self._sums = {
+            name: torch.zeros((), dtype=torch.float64, device=device) for name in ["count", *names]
+        }
+        self._moments = [
+            [GaussianMoments(extractor.num_features, device) for _ in range(2)]
+            for extractor in self._extractors
+        ]
 
     def update(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Adds images; both [B, C, H, W] in [-1, 1]."""
-        values = psnr_db(images, reconstructions).to(self._sum.device)
-        self._count += len(values)
-        self._sum += values.sum()
+        """Adds images; both [B, 3, H, W], about [-1, 1]."""
+        images, reconstructions = images.float().clamp(-1, 1), reconstructions.float().clamp(-1, 1)
+        values = {
+            "psnr_db": psnr_db(images, reconstructions),
+            "ssim": ssim(images, reconstructions),
+        }
+        if self._perceptual is not None:
+            name, distance = self._perceptual
+            values[name] = distance(images, reconstructions)
+        self._sums["count"] += len(images)
+        for name, value in values.items():
+            self._sums[name] += value.double().sum()
+        for extractor, moments in zip(self._extractors, self._moments, strict=True):
+            for total, pixels in zip(moments, (images, reconstructions), strict=True):
+                total.update(extractor(to_uint8(pixels).to(images.device)))
 
     def state(self) -> dict[str, Tensor]:
         """The live float64 sums: all-reducing them in place with SUM merges ranks."""
-        return {"count": self._count, "sum": self._sum}
+        state = dict(self._sums)
+        for number, moments in enumerate(self._moments):
+            for side, total in zip(("images", "reconstructions"), moments, strict=True):
+                state |= {f"{number}/{side}/{key}": v for key, v in total.state().items()}
+        return state
 
     def compute(self) -> dict[str, float]:
-        """psnr_db. Raises ValueError where no image was seen."""
-        if not self._count:
-            raise ValueError("PSNR needs an image")
-        return {"psnr_db": float(self._sum / self._count)}
+        """Metrics by name. Raises ValueError where no image was seen."""
+        count = float(self._sums["count"])
+        if not count:
+            raise ValueError("reconstructions are measured on images, and there is none")
+        values = {
+            name: float(total) / count for name, total in self._sums.items() if name != "count"
+        }
+        for extractor, (images, reconstructions) in zip(
+            self._extractors, self._moments, strict=True
+        ):
+            # as in FID, only Inception's features give an rFID
+            inception = extractor.name is Features.inception
+            name = "rfid" if inception else f"rfd_{extractor.name}"
+            values[name] = frechet_distance(reconstructions, images)
+        return values

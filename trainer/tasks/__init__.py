@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from data.stream import Batch, Stream
@@ -18,6 +19,14 @@ class Loss:
     """Scalar to differentiate."""
     sums: dict[str, tuple[Tensor, Tensor]]
     """Metric name → (sum, count), so that any number of micro batches and ranks can be averaged."""
+
+
+def averaged(numbers: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means over a micro batch by name (without `train/`), as sums for a Loss."""
+    return {
+        f"train/{name}": (number.detach(), torch.ones_like(number))
+        for name, number in numbers.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
