@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import vq
-from models.vq import VectorQuantizer, code_counts, codebook_use, nearest_codes
+from models.vq import VectorQuantizer, code_counts, codebook_use, nearest_codes, spread_choice
 
 
 @settings(deadline=None, max_examples=30)
@@ -64,6 +64,42 @@ def test_a_moving_codebook_follows_the_sums_and_counts_of_the_paper():
         used = counts > 0
         expected[used] = sums[used] / counts[used, None]
         torch.testing.assert_close(quantize.embedding.weight.double(), expected, rtol=1e-5, atol=0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 50), st.integers(0, 1000))
+def test_pixels_are_chosen_as_often_as_the_codebook_serves_them_badly(pixels, codes, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(pixels, 3, generator=generator)
+    codebook = torch.cat([z[:1], torch.randn(codes, 3, generator=generator)])
+    chosen = spread_choice(z, codebook, count)
+    assert chosen.shape == (count, 3)
+    errors = torch.cdist(z.double(), codebook.double()).amin(dim=1).square()
+    if pixels == 1:
+        return  # served perfectly: any choice is as good
+    for pixel, share in zip(z, errors / errors.sum(), strict=True):
+        times = (chosen == pixel).all(dim=1).sum().item()
+        assert abs(times - count * share.item()) <= 1 + 1e-4 * count
+
+
+def test_idle_codes_move_to_latents_and_the_others_stay():
+    torch.manual_seed(0)
+    plain, revived = (VectorQuantizer(8, 3, decay=0.9, revival=r) for r in (0.0, 0.5))
+    revived.load_state_dict(plain.state_dict())
+    latents = 5 + torch.randn(2, 3, 4, 4)  # far from all codes: few are chosen
+    for network in (plain, revived):
+        network(latents)
+    idle = plain.counts < 0.5
+    assert 0 < idle.sum() < 8
+    assert torch.equal(plain.embedding.weight[~idle], revived.embedding.weight[~idle])
+    pixels = latents.movedim(1, -1).reshape(-1, 3)
+    moved = revived.embedding.weight[idle]
+    assert (torch.cdist(moved, pixels).amin(dim=1) == 0).all()
+    assert torch.equal(revived.counts[idle], torch.full((int(idle.sum()),), 32 / 8))
+    assert torch.equal(plain.counts[~idle], revived.counts[~idle])
+    for _ in range(3):
+        codes = revived(latents).codes
+    assert codebook_use(code_counts(codes, 8))["codebook_used_share"] > 0.7
 
 
 @pytest.mark.parametrize("still", ["evaluation", "no gradients"])
