@@ -1,7 +1,10 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,6 +103,32 @@ def test_idle_codes_move_to_latents_and_the_others_stay():
     for _ in range(3):
         codes = revived(latents).codes
     assert codebook_use(code_counts(codes, 8))["codebook_used_share"] > 0.7
+
+
+def follow_on_a_rank(rank: int, rendezvous: str, latents: torch.Tensor, found: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    quantize = idle_quantizer()
+    for step in latents:
+        quantize(step.chunk(2)[rank])
+    torch.save(quantize.state_dict(), f"{found}.{rank}")
+    dist.destroy_process_group()
+
+
+def idle_quantizer() -> VectorQuantizer:
+    torch.manual_seed(0)
+    return VectorQuantizer(16, 3, decay=0.9, revival=0.5)
+
+
+def test_codes_move_and_revive_on_two_ranks_as_on_one(tmp_path: Path):
+    latents = torch.randn(4, 2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    alone = idle_quantizer()
+    for step in latents:
+        alone(step)
+    arguments = (str(tmp_path / "rendezvous"), latents, str(tmp_path / "found"))
+    mp.spawn(follow_on_a_rank, arguments, nprocs=2)
+    for rank in range(2):
+        for name, value in torch.load(tmp_path / f"found.{rank}").items():
+            torch.testing.assert_close(value, alone.state_dict()[name])
 
 
 @pytest.mark.parametrize("still", ["evaluation", "no gradients"])
