@@ -12,7 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import CaptionForm
-from models.checks import conditioner_problems, diffusion_problems, sampler_problems
+from models.checks import (
+    conditioner_problems,
+    diffusion_problems,
+    first_stage_problems,
+    sampler_problems,
+)
 from models.config import ConditionerKind
 from trainer.averages import WIDEST
 from trainer.config import Config, Features, Metric, Precision, Task

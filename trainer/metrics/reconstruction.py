@@ -1,10 +1,10 @@
 """How faithful a first stage's reconstructions are: pixels, structure, and features."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config import Features
 from trainer.images import to_uint8
@@ -68,7 +68,7 @@ class ReconstructionMetrics:
     def __init__(
         self,
         extractors: Sequence[FeatureExtractor] = (),
-        perceptual: tuple[str, nn.Module] | None = None,
+        perceptual: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """perceptual: a distance of images and others [B, 3, H, W], giving [B], and its name."""
