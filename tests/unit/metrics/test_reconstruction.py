@@ -65,7 +65,7 @@ class Means(FeatureExtractor):
     """Four numbers of an image."""
 
     def __init__(self, name: Features) -> None:
-        super().__init__(name, 4, nn.Linear(1, 1))
+        super().__init__(name, 4, nn.Linear(1, 1), resize="none")
 
     def pooled(self, images: Tensor) -> Tensor:
         pixels = images.float()

@@ -103,6 +103,33 @@ def test_a_mixture_is_of_latents():
         load_config(["+experiment=emoji_autoencoder", mixture])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["deepspeed.stage=3"], r"deepspeed\.stage=3 .*use deepspeed\.stage=2"),
+        (["data.image_size=16"], r"autoencoder\.loss\.discriminator\.layers=3 leaves nothing"),
+        (["autoencoder.loss.discriminator.layers=0"], r"autoencoder\.loss\.discriminator needs"),
+        (["autoencoder.codebook_revival=1"], r"codebook_revival needs autoencoder\.codebook_decay"),
+        (
+            ["autoencoder.codebook_decay=0.9", "autoencoder.weights=x"],
+            r"autoencoder\.weights has no counts",
+        ),
+    ],
+)
+def test_first_stages_that_cannot_be_trained_are_refused(overrides: list[str], words: str):
+    gan = ["+experiment=emoji_autoencoder", "autoencoder.loss.gan_weight=0.5"]
+    load_config(gan)
+    with pytest.raises(ValueError, match=words):
+        load_config([*gan, *overrides])
+
+
+def test_published_first_stages_have_the_papers_loss():
+    for name, weight in (("kl_f4", 0.5), ("vq_f4", 0.75)):
+        loss = load_config(["+experiment=imagenet_256", f"autoencoder={name}"]).autoencoder.loss
+        assert (loss.gan_weight, loss.gan_start_step, loss.kl_weight) == (weight, 50_001, 1e-6)
+        assert loss.perceptual_weight == 1.0
+
+
 def test_bf16_without_zero_is_refused():
     options = ["+experiment=emoji", "train.precision=bf16", "deepspeed.stage=0"]
     with pytest.raises(ValueError, match=r"deepspeed\.stage=0 with train\.precision=bf16"):
