@@ -46,8 +46,7 @@ class PerceptualDistance(nn.Module):
 
 
 def _unit(x: Tensor) -> Tensor:
-    # the square inside keeps the root's gradient finite where no channel is active
-    return x / ((x.square().sum(1, keepdim=True) + EPSILON**2).sqrt() + EPSILON)
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + EPSILON)
 
 
 class Vgg16Levels(nn.Module):
