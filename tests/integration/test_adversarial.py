@@ -23,7 +23,6 @@ GAN = [
     f"{LOSS}.discriminator.layers=2",
     "train.max_steps=6",
     "train.micro_batch_size=8",
-    "optim.lr=3e-4",  # six large steps would amplify rounding
     "data.flip=false",
 ]
 VQ = [
@@ -86,12 +85,14 @@ def test_both_modules_go_on_from_a_checkpoint_bit_equal(workshop: Workshop, tmp_
 
 
 def test_ranks_and_micro_batches_do_not_change_the_curves(workshop: Workshop, tmp_path: Path):
-    one = trained(workshop, tmp_path / "one")
-    assert_close(trained(workshop, tmp_path / "cut", "train.micro_batch_size=2"), one)
+    # the kinks of a pretrained network make large differences of rounding errors within six steps
+    plain = f"{LOSS}.perceptual_weight=0"
+    one = trained(workshop, tmp_path / "one", plain)
+    assert_close(trained(workshop, tmp_path / "cut", "train.micro_batch_size=2", plain), one)
     alone = losses(tmp_path / "one")
     for stage, micro_batch in ((1, 2), (2, 4)):
         run = tmp_path / f"stage_{stage}"
-        options = [f"deepspeed.stage={stage}", f"train.micro_batch_size={micro_batch}"]
+        options = [plain, f"deepspeed.stage={stage}", f"train.micro_batch_size={micro_batch}"]
         overrides = workshop.overrides("emoji_autoencoder", *GAN, *options, run=run)
         code, output = finish(start(overrides, ranks=2))
         assert code == 0, output

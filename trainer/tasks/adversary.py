@@ -30,7 +30,7 @@ class Adversary:
         self._weight = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._layer = last_layer
         last_layer.register_forward_pre_hook(self._keep_inputs)
-        self._begin()
+        self.begin_turn()
 
     def plays(self, step: int) -> bool:
         """Whether optimizer step `step` (from 0) has an adversarial term."""
@@ -76,6 +76,15 @@ class Adversary:
         numbers = {"loss_adversarial": parts[1], "adversarial_weight": weight}
         return of_error, weight * of_adversary, numbers
 
+    def begin_turn(self) -> None:
+        """Before the first stage's first micro batch of a step: forget a turn that was given up."""
+        shape, device = (2, *self._layer.weight.shape), self._ranks.device
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._sums = {
+            "gradients": torch.zeros(shape, dtype=torch.float64, device=device),
+            "count": torch.zeros((), dtype=torch.float64, device=device),
+        }
+
     def end_turn(self) -> None:
         """After the first stage's last micro batch of a step: find the next step's weight."""
         self._ranks.sum_(self._sums)
@@ -95,15 +104,7 @@ class Adversary:
                 "logits_fake": verdict.fake.float().mean(),
             }
             yield Loss(loss, averaged(numbers))
-        self._begin()
-
-    def _begin(self) -> None:
-        shape, device = (2, *self._layer.weight.shape), self._ranks.device
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._sums = {
-            "gradients": torch.zeros(shape, dtype=torch.float64, device=device),
-            "count": torch.zeros((), dtype=torch.float64, device=device),
-        }
+        self.begin_turn()
 
     def _keep_inputs(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = inputs[0].detach()

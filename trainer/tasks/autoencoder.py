@@ -100,6 +100,7 @@ class AutoencoderTask:
             for batch in micro_batches:
                 yield self._loss(model, batch, None)
         elif name == FIRST_STAGE:
+            adversary.begin_turn()
             for batch in micro_batches:
                 yield self._loss(model, batch, adversary)
             adversary.end_turn()
