@@ -58,6 +58,9 @@ def _work(plan: Plan) -> Iterator[Row]:
         yield "", f"{_tera(traced.frozen.flops_per_image)} text encoder (none if data.store_text)"
     elif conditioner.kind is ConditionerKind.transformers:
         yield "", "the text encoder is not counted, nor are its weights: only its files know it"
+    loss = plan.config.autoencoder.loss
+    if plan.config.task is Task.autoencoder and (loss.perceptual_weight or loss.gan_weight):
+        yield "", "the perceptual network and the discriminator are not counted"
 
 
 def _memory(plan: Plan) -> Iterator[Row]:

@@ -1,6 +1,6 @@
 """The tasks without data and frozen networks, for a plan: their losses are the real ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from models.attention import Context
 from models.autoencoder import build_autoencoder
 from models.clip import text_tower
 from models.conditioners import Captions, Conditioner, build_conditioner
-from models.config import AutoencoderKind, ConditionerConfig, ConditionerKind, TextFeatures
+from models.config import ConditionerConfig, ConditionerKind, TextFeatures
 from models.diffusion import Diffusion
+from models.first_stage_loss import LikelihoodFirstStage, ReconstructionError
 from models.unet import UNet2DCondition
 from trainer.config import Config, Task
 from trainer.distributed import Ranks
 from trainer.pipeline import LatentDiffusion, LatentScale
-from trainer.tasks.autoencoder import AutoencoderTask
+from trainer.tasks.autoencoder import FIRST_STAGE, AutoencoderTask
 from trainer.tasks.diffusion import DiffusionTask
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -55,20 +56,22 @@ class PlannedDiffusion(DiffusionTask):
 
 
 class PlannedAutoencoder(AutoencoderTask):
-    """A first stage on images that have shapes only."""
+    """A first stage on images that have shapes only, without perceptual network and adversary."""
 
     def __init__(self, config: Config, module: nn.Module) -> None:
-        loss, is_kl = config.autoencoder.loss, config.autoencoder.kind is AutoencoderKind.kl
         self._config = config
         self._ranks = ALONE
-        self._penalty = ("kl", loss.kl_weight) if is_kl else ("codebook", loss.codebook_weight)
-        self.modules = {"autoencoder": module}
+        self._adversary = None
+        self._error = ReconstructionError(replace(config.autoencoder.loss, perceptual_weight=0.0))
+        self._penalty = self._weighted_penalty()
+        self.modules = {FIRST_STAGE: module}
 
     def planned_loss(self, micro_batch: int) -> Tensor:
         """Of a batch of this size."""
         side = self._config.data.image_size
         images = torch.empty(micro_batch, self._config.autoencoder.in_channels, side, side)
-        return self.loss(self.modules["autoencoder"], _batch(images=images)).mean
+        (loss,) = self.losses(FIRST_STAGE, self.modules[FIRST_STAGE], [_batch(images=images)], 0)
+        return loss.mean
 
 
 class Shape(Conditioner):
@@ -96,7 +99,10 @@ class Shape(Conditioner):
 def build_module(config: Config) -> nn.Module:
     """What the config trains, with untrained weights."""
     if config.task is Task.autoencoder:
-        return build_autoencoder(config.autoencoder)
+        learns = config.autoencoder.loss.learn_log_variance
+        return LikelihoodFirstStage(
+            build_autoencoder(config.autoencoder), learn_log_variance=learns
+        )
     labels = config.conditioner.kind is ConditionerKind.class_label
     conditioner = build_conditioner(config.conditioner) if labels else None
     return LatentDiffusion(UNet2DCondition(config.unet), conditioner)
