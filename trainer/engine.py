@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.averages import average_kind, averages
+from trainer.buckets import bucket_elements
 from trainer.checks import grad_accum_steps
 from trainer.config import Config, Precision
 from trainer.distributed import Ranks
@@ -86,7 +87,7 @@ class Engine:
         initialised: tuple[Any, ...] = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(config.optim, module.parameters()),
-            config=deepspeed_config(config, ranks.world_size),
+            config=deepspeed_config(config, ranks.world_size, _trained_elements(module)),
             dist_init_required=False,
         )
         self._engine, self._optimizer, *_ = initialised
@@ -290,9 +291,12 @@ class Engine:
             safe_set_full_optimizer_state(parameter, value, kind)
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, object]:
-    """What `deepspeed.initialize` is told."""
-    zero: dict[str, object] = {"stage": config.deepspeed.stage}
+def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, object]:
+    """What `deepspeed.initialize` is told; parameters: trained elements of the module."""
+    zero: dict[str, object] = {
+        "stage": config.deepspeed.stage,
+        "reduce_bucket_size": bucket_elements(parameters),
+    }
     if config.deepspeed.offload_optimizer:
         pin = torch.cuda.is_available()
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
@@ -306,3 +310,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, object]:
         "bf16": {"enabled": config.train.precision is Precision.bf16},
         "steps_per_print": 2**62,
     }
+
+
+def _trained_elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

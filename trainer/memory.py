@@ -4,7 +4,7 @@ The bookkeeping is that of DeepSpeed 0.19 with the options of `trainer.engine.de
 
 - stage 0: fp32 weights, their gradients and Adam's moments, whole on every rank.
 - stages 1 and 2: weights in the forward pass's precision, whole; fp32 master weights and moments
-  spread over the ranks. A bucket of fixed size is allocated for every backward pass. Stage 1
+  spread over the ranks. A bucket (`trainer.buckets`) is allocated for every backward pass. Stage 1
   reduces gradients after the last backward pass; stage 2 moves each one into the bucket as it is
   made, and keeps its own share only. Offloaded, all of fp32 is in host memory.
 - stage 3: weights and gradients are spread, too, and gathered as they are used: an upper bound.
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from trainer.buckets import bucket_elements
 from trainer.tracing import Stretch, Trace
 
 FP32 = 4
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default reduce_bucket_size."""
 MAX_GATHERED_ELEMENTS = 1_000_000_000
 """DeepSpeed's default stage3_max_live_parameters."""
 
@@ -121,7 +120,8 @@ Moment = tuple[str, int, int]
 def _whole(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Moment]:
     """Stage 0: gradients stay where autograd puts them; buckets are copies of them."""
     gradients = sizes.total * FP32
-    bucket = min(sizes.total, BUCKET_ELEMENTS) * FP32
+    # one rank has nothing to reduce: see Engine
+    bucket = bucket_elements(sizes.total) * FP32 if layout.ranks > 1 else 0
     return [
         *_backward(trace, sizes, layout, bucket=0),
         ("reduction of gradients", gradients + bucket, 0),
@@ -131,8 +131,8 @@ def _whole(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Momen
 def _states_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Moment]:
     """Stage 1: all gradients, and the bucket that they move through after the backward pass."""
     width = layout.weight_bytes
-    gradients, bucket = sizes.total * width, BUCKET_ELEMENTS * width
-    own = share * width if sizes.total > BUCKET_ELEMENTS else 0
+    gradients, bucket = sizes.total * width, bucket_elements(sizes.total) * width
+    own = share * width if sizes.total > bucket_elements(sizes.total) else 0
     return [
         *_backward(trace, sizes, layout, bucket=bucket),
         # what has moved into the bucket is copied once more to be sent
@@ -145,12 +145,12 @@ def _gradients_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) ->
     """Stage 2: gradients move into the bucket as they are made; a full one is sent at once."""
     width = layout.weight_bytes
     accumulated = share * width if layout.grad_accum_steps > 1 else 0
-    kept = share * width if sizes.total > BUCKET_ELEMENTS else 0
-    held = BUCKET_ELEMENTS * width + accumulated + kept
+    kept = share * width if sizes.total > bucket_elements(sizes.total) else 0
+    held = bucket_elements(sizes.total) * width + accumulated + kept
     moments = [("backward pass", held, trace.peak_bytes)]
     filled = 0
     for stretch in trace.stretches:
-        if filled + stretch.elements > BUCKET_ELEMENTS:
+        if filled + stretch.elements > bucket_elements(sizes.total):
             moments.append(("reduction of gradients", held + filled * width, stretch.left_bytes))
             filled = 0
         filled += stretch.elements
@@ -161,7 +161,7 @@ def _gradients_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) ->
 
 def _all_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Moment]:
     """Stage 3: a gradient buffer of the rank's share, and the bucket, at all times."""
-    held = (share + BUCKET_ELEMENTS) * layout.weight_bytes
+    held = (share + bucket_elements(sizes.total)) * layout.weight_bytes
     return [("backward pass", held, trace.peak_bytes), _step(sizes, layout, gradients=held)]
 
 

@@ -100,6 +100,10 @@ def test_deepspeed_accepts_every_experiment_with_every_choice(experiment: str):
             with pytest.raises(ValueError, match=r"deepspeed\.stage=0 with train\.precision=bf16"):
                 load_config(options)
             options.append("train.precision=fp32")
+        if "zero3" in file and experiment == "emoji_autoencoder_gan":
+            with pytest.raises(ValueError, match=r"deepspeed\.stage=3 spreads the discriminator"):
+                load_config(options)
+            continue
         config = load_config(options)
         accepted = Engine(nn.Linear(4, 2), config, join())
         assert accepted.num_bytes(accepted.kinds) == 4 * 10 * len(accepted.kinds)
