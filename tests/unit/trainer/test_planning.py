@@ -114,7 +114,7 @@ def test_says_what_limits():
     traced = trace_step(config)
     slow = {
         "store": {"store_gib_per_s": 1e-9},
-        "memory": {"reserve_gib": 79.1},
+        "memory": {"reserve_gib": 79.2},
         "communication": {"network_gbit_per_s": 1e-9, "nodes": 2},
         "compute": {"mfu": 1e-9},
     }
