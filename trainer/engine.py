@@ -158,6 +158,11 @@ class Engine:
             self._engine.optimizer.zero_grad()
             self._engine.micro_steps += 1  # this batch is over, though it changed nothing
             return StepResult(False, float(norm), lr)
+        if norm is not None and self._config.optim.max_grad_norm:
+            # not left to DeepSpeed, which would take the norm a second time
+            nn.utils.clip_grads_with_norm_(
+                self._names.values(), self._config.optim.max_grad_norm, norm
+            )
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
         if norm is None:
@@ -303,7 +308,8 @@ def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[s
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps(config, world_size),
-        "gradient_clipping": config.optim.max_grad_norm,
+        # at stage 0 Engine.step does it
+        "gradient_clipping": config.optim.max_grad_norm if config.deepspeed.stage else 0.0,
         "zero_optimization": zero,
         # DeepSpeed's own CPU Adam is compiled on first use; torch's fused one is there
         "zero_force_ds_cpu_optimizer": False,
