@@ -159,6 +159,14 @@ def test_a_spike_is_rewound_and_its_window_skipped_and_the_run_resumes_the_same(
     assert fit(workshop.config("emoji", *options, "train.max_steps=45", run=cut)) == 0
     assert losses(cut) == curve
 
+    two = tmp_path / "two"
+    walk(tmp_path, 2, [workshop.overrides("emoji", *options, "train.max_steps=45", run=two)])
+    (same,) = lines(two / "incidents.jsonl")
+    assert (same["step"], same["what"]) == (incident["step"], incident["what"])
+    both = losses(two)
+    assert both.keys() == curve.keys()
+    assert max(abs(both[step] - curve[step]) for step in curve) < 1e-5
+
 
 def test_a_hung_rank_leaves_every_stack_and_ends_the_job(workshop: Workshop, tmp_path: Path):
     run = tmp_path / "run"
