@@ -44,6 +44,7 @@ def _start(about: dict[str, Any]) -> Any:
             file=sys.stderr,
             flush=True,
         )
+        wandb.teardown()  # W&B's own service still holds the run that it could not start
         return _init({**about, "mode": "offline"})
 
 
