@@ -115,7 +115,7 @@ class TrainConfig:
     compile: bool = False
     """Compile each repeated block of the networks: minutes at the start, then faster steps."""
     channels_last: bool = False
-    """Store activations as NHWC: faster convolutions on CPUs and tensor cores."""
+    """Store activations as NHWC: faster on tensor cores, and for first stages on CPUs."""
 
 
 @dataclass(slots=True, kw_only=True)

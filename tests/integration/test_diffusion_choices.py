@@ -74,3 +74,12 @@ def test_a_run_trains_and_draws(schedule: str, workshop: Workshop, tmp_path: Pat
     assert sorted(losses(tmp_path)) == [1, 2, 3]
     assert all(0.0 < loss < 10.0 for loss in losses(tmp_path).values())
     assert list((tmp_path / "samples").glob("*.png"))
+
+
+def test_channels_last_changes_the_layout_alone(workshop: Workshop):
+    plain, _, loss = first_batch(workshop, "train.channels_last=false")
+    last, _, same_loss = first_batch(workshop, "train.channels_last=true")
+    assert plain.latents.is_contiguous()
+    assert last.latents.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain.latents, last.latents)
+    assert loss == same_loss

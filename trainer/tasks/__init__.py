@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data.stream import Batch, Stream
+from trainer.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class Loss:
     """Scalar to differentiate."""
     sums: dict[str, tuple[Tensor, Tensor]]
     """Metric name → (sum, count), so that any number of micro batches and ranks can be averaged."""
+
+
+def memory_format(config: TrainConfig) -> torch.memory_format:
+    """Of a network's input, which its convolutions pass on: train.channels_last."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 def averaged(numbers: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

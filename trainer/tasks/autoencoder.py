@@ -29,7 +29,7 @@ from trainer.metrics.extractors import build_feature_extractor, load_eval_clip
 from trainer.metrics.reconstruction import ReconstructionMetrics
 from trainer.rng import Purpose
 from trainer.streams import open_images
-from trainer.tasks import Evaluation, Loss, averaged
+from trainer.tasks import Evaluation, Loss, averaged, memory_format
 from trainer.tasks.adversary import Adversary
 
 PICTURES = 8
@@ -196,9 +196,7 @@ class AutoencoderTask:
     def _on_device(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or next(self.modules[FIRST_STAGE].parameters()).dtype
         # DeepSpeed broadcasts contiguous weights only; convolutions follow their input's layout
-        layout = (
-            torch.channels_last if self._config.train.channels_last else torch.contiguous_format
-        )
+        layout = memory_format(self._config.train)
         return values.to(self._ranks.device, dtype, non_blocking=True, memory_format=layout)
 
 

@@ -24,7 +24,7 @@ from trainer.evaluator import Evaluator
 from trainer.pipeline import LatentDiffusion, LatentScale, Pipeline
 from trainer.rng import Purpose
 from trainer.streams import open_latents
-from trainer.tasks import Evaluation, Loss
+from trainer.tasks import Evaluation, Loss, memory_format
 
 TIMESTEP_BINS = 4
 
@@ -118,6 +118,7 @@ class DiffusionTask:
         )
         timesteps = self._diffusion.schedule.draw(uniform).to(self._ranks.device)
         noisy = self._diffusion.add_noise(latents, noise, timesteps)
+        noisy = noisy.contiguous(memory_format=memory_format(self._config.train))
         prediction = module(noisy, timesteps, self._condition(batch))
         target = self._diffusion.target(latents, noise, timesteps)
         errors = (prediction.float() - target).square().flatten(1).mean(1)
