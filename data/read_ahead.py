@@ -1,17 +1,21 @@
-"""Answers to requests, in their order and a few in advance: by threads, or by processes."""
+"""Answer requests ahead of time, in threads or in processes, and yield the answers in order."""
 
+import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from data.child_process import end_with_parent
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -24,7 +28,10 @@ def with_thread(
     depth: int,
     threads: int = 1,
 ) -> Generator[Answer, None, None]:
-    """Answer up to `depth` requests ahead in one thread or more, which end with the generator."""
+    """Yield the answers to requests in order; threads compute up to `depth` of them ahead.
+
+    answer: called in the threads; its errors are raised here. The threads end with the generator.
+    """
     with ThreadPoolExecutor(threads, "read-ahead") as pool:
         pending: deque[Future[Answer]] = deque()
         try:
@@ -42,17 +49,12 @@ def with_thread(
 def with_processes(
     answer: Callable[[Request], Answer], requests: Iterator[Request], *, workers: int, depth: int
 ) -> Generator[Answer, None, None]:
-    """Answer about `depth` requests ahead in forked processes, which end with the generator.
+    """Yield the answers to requests in order; forked processes compute about `depth` of them ahead.
 
-    Args:
-        answer: Called in the workers.
-        requests: Without end; drawn in this process.
-        workers: Processes.
-        depth: Requests ahead, at least one a worker.
-
-    Raises:
-        ValueError, OSError: what `answer` raised.
-        ChildProcessError: a worker died.
+    answer: called in the processes. requests: drawn in this process, without end. depth: at least
+    one request for each process is computed ahead. The processes end with the generator, and with
+    this process however it ends.
+    Raises: ValueError or OSError where `answer` raises one; ChildProcessError where a process dies.
     """
     loader = DataLoader(
         _Answers(answer),
@@ -60,7 +62,8 @@ def with_processes(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=max(1, -(-depth // workers)),
-        collate_fn=lambda result: result,
+        collate_fn=_unchanged,
+        worker_init_fn=partial(_begin, os.getpid(), _in_main_thread()),
         multiprocessing_context="fork",  # workers inherit `answer` instead of unpickling it
         generator=torch.Generator(),  # otherwise the loader draws from torch's global state
     )
@@ -82,22 +85,39 @@ def with_processes(
                 raise result
             yield result
     finally:
-        del results  # ends the workers now; an error's trace would keep them
+        del results  # ends the workers now; an error's traceback would keep them alive
+
+
+def _begin(parent: int, with_main_thread: bool, number: int) -> None:
+    """Begin a worker of process `parent`, whose main thread may have started it."""
+    for signal_number in (signal.SIGTERM, signal.SIGUSR1):
+        if callable(signal.getsignal(signal_number)):  # inherited: it is the parent that stops
+            signal.signal(signal_number, signal.SIG_IGN)
+    if with_main_thread:  # another thread may end before its process; DataLoader then looks itself
+        end_with_parent(parent)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _unchanged(answer: object) -> object:
+    return answer
 
 
 @contextmanager
-def _watched(processes: Collection[BaseProcess]) -> Iterator[None]:
-    """Raise in this block, and only here, when one of some processes has died.
+def _watched(processes: Collection[BaseProcess]) -> Generator[None, None, None]:
+    """Raise ChildProcessError within the block when one of the processes dies.
 
-    DataLoader would raise from a signal handler, wherever the main thread happens to be. In other
-    threads it looks by itself, every few seconds.
+    DataLoader's own signal handler would raise anywhere in the main thread. In other threads
+    DataLoader polls its processes every few seconds; this block then does nothing.
     """
 
     def check(*_: object) -> None:
         if any(process.exitcode is not None for process in processes):
             raise ChildProcessError
 
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
     handler = signal.signal(signal.SIGCHLD, check)
@@ -109,9 +129,9 @@ def _watched(processes: Collection[BaseProcess]) -> Iterator[None]:
 
 
 class _Answers(Dataset[Answer | Exception], Generic[Request, Answer]):
-    """The map from requests to answers that DataLoader wants.
+    """Map requests to answers, in the form of a data set for DataLoader.
 
-    Errors are handed over as they are: DataLoader would bury their one line under a trace.
+    Errors are returned, because DataLoader would add a traceback to the message of a raised one.
     """
 
     def __init__(self, answer: Callable[[Request], Answer]) -> None:

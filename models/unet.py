@@ -1,30 +1,33 @@
-"""The denoiser: a U-Net with cross-attention to a context, or without (Rombach et al. 2022).
+"""The denoiser: a U-Net, with or without cross-attention to tokens (Rombach et al. 2022).
 
 State-dict names are those of diffusers' UNet2DConditionModel, and of its UNet2DModel when there
-is no context.
+are no tokens.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
-from models.activations import GroupNormSiLU
-from models.attention import AttentionShape, Context
-from models.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
 from models.config import UNetConfig
-from models.linear import Linear
-from models.transformer import SpatialTransformer
+from models.layers.activations import GroupNormSiLU
+from models.layers.attention import AttentionShape
+from models.layers.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
+from models.layers.linear import Linear
+from models.layers.transformer import SpatialTransformer
+
+_checkpoint: Any = checkpoint  # torch declares only a part of its types
 
 NORM_EPS = 1e-5
 MAX_PERIOD = 10_000.0
 
 
 class UNet2DCondition(nn.Module):
-    """Noisy latents, timesteps and a context to the model output, of the latents' resolution."""
+    """Predicts noise, x₀, v or flow from noisy latents, timesteps and tokens."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -75,35 +78,37 @@ class UNet2DCondition(nn.Module):
         self,
         latents: Tensor,
         timesteps: Tensor,
-        context: Tensor | None = None,
+        tokens: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Model output for each sample of the batch.
+        """Return the model output [B, out_channels, h, w].
 
-        latents: [B, in_channels, h, w]; timesteps: [B]; context: [B, M, context_dim], None if that
-        is 0, M = 1 if it is added to the time embedding; mask: [B, M] bool, false for padding in
-        the context, None where there is none.
-        Returns [B, out_channels, h, w]. Raises ValueError when h or w cannot be halved between the
-        levels, or when a context is missing or has no use.
+        latents: [B, in_channels, h, w]; timesteps: [B]; tokens: [B, M, context_dim], or None if
+        context_dim is 0; with add_context M is 1. mask: [B, M] bool, false for padding; None: no
+        padding.
+
+        Raises: ValueError if h or w cannot be halved between the levels, or if the config needs
+        tokens and there are none, or the reverse.
         """
-        self._check_inputs(latents, context)
+        self._check_inputs(latents, tokens)
         time = self.time_embedding(timesteps)
-        attended = None if context is None else Context(context.flatten(0, 1), mask)
-        if self.config.add_context and attended is not None:
-            time = time + attended.tokens
+        rows = None if tokens is None else tokens.flatten(0, 1)
+        if self.config.add_context and rows is not None:
+            time = time + rows
         time = F.silu(time)
-        run = _recomputed if self.config.gradient_checkpointing and self.training else _stored
+        recompute = self.config.gradient_checkpointing and self.training
+        call = _call_recomputing if recompute else _call
         skips = [self.conv_in(latents)]
         for down_block in self.down_blocks:
-            # not filled in place: a wrapped module, as of ZeRO stage 3, gets copies of lists
-            skips += down_block(skips[-1], time, attended, run)
-        x = run(self.mid_block, skips[-1], time, attended)
+            # the block cannot append to the list itself: under ZeRO stage 3 it gets a copy
+            skips += down_block(skips[-1], time, rows, mask, call)
+        x = call(self.mid_block, skips[-1], time, rows, mask)
         for up_block in self.up_blocks:
             own = [skips.pop() for _ in range(self.config.layers_per_block + 1)]
-            x = up_block(x, time, attended, own, run)
+            x = up_block(x, time, rows, mask, own, call)
         return self.conv_out(self.conv_norm_out(x))
 
-    def _check_inputs(self, latents: Tensor, context: Tensor | None) -> None:
+    def _check_inputs(self, latents: Tensor, tokens: Tensor | None) -> None:
         height, width = latents.shape[-2:]
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if height % factor or width % factor:
@@ -112,21 +117,21 @@ class UNet2DCondition(nn.Module):
                 f"a data.image_size whose latents are a multiple of {factor}, or fewer "
                 f"unet.block_out_channels"
             )
-        if (context is None) != (self.config.context_dim == 0):
+        if (tokens is None) != (self.config.context_dim == 0):
             raise ValueError(
                 f"unet.context_dim = {self.config.context_dim}, but the conditioner gives "
-                f"{'no' if context is None else 'a'} context: set it to the conditioner's width, "
+                f"{'no ' if tokens is None else ''}tokens: set it to the conditioner's width, "
                 f"0 for conditioner=none"
             )
-        if self.config.add_context and context is not None and context.shape[1] != 1:
+        if self.config.add_context and tokens is not None and tokens.shape[1] != 1:
             raise ValueError(
                 f"unet.add_context adds one token to the time embedding, but the conditioner gives "
-                f"{context.shape[1]}: choose conditioner.kind=class_label, "
+                f"{tokens.shape[1]}: choose conditioner.kind=class_label, "
                 f"conditioner.features=pooled, or false"
             )
 
     def _start_as_identity(self) -> None:
-        """Zero the last layer of every residual branch, and of the network, as LDM does."""
+        """Zero the last layer of each residual branch and of the network, as in the code of LDM."""
         for layer in self.modules():
             if isinstance(layer, ResBlock):
                 _zero(layer.conv2)
@@ -138,9 +143,9 @@ class UNet2DCondition(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the timestep, then two layers: [B] → [B, out_width].
+    """Sinusoids of the timestep, then two linear layers (Vaswani et al. 2017, section 3.5).
 
-    Vaswani et al. 2017, section 3.5; cosines come first, as in DDPM's successors.
+    Cosines come first, then sines, as in the code of Dhariwal and Nichol 2021.
     """
 
     def __init__(self, width: int, out_width: int) -> None:
@@ -150,7 +155,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = Linear(out_width, out_width)
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """See the class."""
+        """timesteps: [B] → [B, out_width]."""
         half = self.width // 2
         # Always fp32: bf16 cannot tell timestep 999 from 1000.
         exponents = torch.arange(half, device=timesteps.device, dtype=torch.float32) / half
@@ -160,81 +165,103 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
 
 
-Run = Callable[..., Tensor]
+Call = Callable[..., Tensor]
+"""(layer, its inputs) → its output; with activations stored, or recomputed in the backward pass."""
 
 
-def _stored(layer: nn.Module, *inputs: Tensor | Context | None) -> Tensor:
+def _call(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
     return layer(*inputs)
 
 
-def _recomputed(layer: nn.Module, *inputs: Tensor | Context | None) -> Tensor:
-    # There is no dropout, so there is no random state to replay.
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _call_recomputing(layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+    # without dropout there is no random state to restore
+    return _checkpoint.checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-class DownBlock(nn.Module):
+class Resolution(nn.Module):
+    """The ResBlocks of one resolution, with attention where the resolution has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+
+
+class DownBlock(Resolution):
     """One resolution on the way down: ResBlocks with attention, then a downsampling."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
         self.downsamplers = nn.ModuleList()
 
-    def forward(self, x: Tensor, time: Tensor, context: Context | None, run: Run) -> list[Tensor]:
-        """x: [B, C, h, w] → every layer's output, the last one [B, C', h/2, w/2]."""
+    def forward(
+        self, x: Tensor, time: Tensor, tokens: Tensor | None, mask: Tensor | None, call: Call
+    ) -> list[Tensor]:
+        """x: [B, C, h, w] → the output of every layer; of the last one [B, C', h/2, w/2].
+
+        time: [B, time_dim]; tokens: rows [B·M, context_dim]; mask: [B, M].
+        """
         outputs: list[Tensor] = []
         for layer, resnet in enumerate(self.resnets):
-            x = run(resnet, x, time)
+            x = call(resnet, x, time)
             if self.attentions:
-                x = run(self.attentions[layer], x, context)
+                x = call(self.attentions[layer], x, tokens, mask)
             outputs.append(x)
-        outputs.extend(run(downsample, x, time) for downsample in self.downsamplers)
+        outputs.extend(call(downsample, x, time) for downsample in self.downsamplers)
         return outputs
 
 
-class UpBlock(nn.Module):
-    """One resolution on the way up: ResBlocks with attention over skips, then an upsampling."""
+class UpBlock(Resolution):
+    """One resolution on the way up: ResBlocks on skips, with attention, then an upsampling."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList()
-        self.attentions = nn.ModuleList()
         self.upsamplers = nn.ModuleList()
 
     def forward(
-        self, x: Tensor, time: Tensor, context: Context | None, skips: list[Tensor], run: Run
+        self,
+        x: Tensor,
+        time: Tensor,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        skips: list[Tensor],
+        call: Call,
     ) -> Tensor:
-        """x: [B, C, h, w] → [B, C', 2h, 2w]; every ResBlock takes one of `skips`."""
+        """x: [B, C, h, w] → [B, C', 2h, 2w].
+
+        time: [B, time_dim]; tokens: rows [B·M, context_dim]; mask: [B, M]; skips: [B, C'', h, w],
+        one for each ResBlock.
+        """
         for layer, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            x = run(resnet, torch.cat([x, skip], dim=1), time)
+            x = call(resnet, torch.cat([x, skip], dim=1), time)
             if self.attentions:
-                x = run(self.attentions[layer], x, context)
+                x = call(self.attentions[layer], x, tokens, mask)
         for upsample in self.upsamplers:
-            x = run(upsample, x, time)
+            x = call(upsample, x, time)
         return x
 
 
 def attention_shapes(
-    config: UNetConfig, batch: int, latent_side: int, context_tokens: int, *, masked: bool = False
+    config: UNetConfig, batch: int, latent_side: int, tokens: int, *, masked: bool = False
 ) -> list[AttentionShape]:
-    """Every attention that the U-Net computes, for `choose_attention`.
+    """List the shapes of every attention of the U-Net, for `choose_attention`.
 
-    masked: whether the context comes with a mask.
+    batch: samples; latent_side: latent pixels; tokens: of a sample, M of `UNet2DCondition.forward`;
+    masked: whether the tokens have a mask.
     """
-    shapes = set()
+    shapes: set[AttentionShape] = set()
     for level in _attending(config):
         heads = config.heads[level]
         pixels = (latent_side // 2**level) ** 2
         head_dim = config.block_out_channels[level] // heads
         shapes.add(AttentionShape(batch, pixels, pixels, heads, head_dim))
         if _attends_context(config):
-            shapes.add(AttentionShape(batch, pixels, context_tokens, heads, head_dim, masked))
+            shapes.add(AttentionShape(batch, pixels, tokens, heads, head_dim, masked))
     return sorted(shapes)
 
 
 def _attending(config: UNetConfig) -> set[int]:
-    """The levels with attention; the middle counts as the last."""
+    """Return the levels with attention; the middle block counts as the last level."""
     levels = range(len(config.block_out_channels))
     return {level for level in levels if config.attention[level] or level == levels[-1]}
 
@@ -294,7 +321,7 @@ def _check(config: UNetConfig) -> None:
         if len(getattr(config, option)) != levels:
             raise ValueError(
                 f"unet.{option} has {len(getattr(config, option))} entries, but "
-                f"unet.block_out_channels has {levels}: give one a level"
+                f"unet.block_out_channels has {levels}: give one for each level"
             )
     for level, width in enumerate(config.block_out_channels):
         if width % config.norm_groups:
@@ -310,6 +337,6 @@ def _check(config: UNetConfig) -> None:
     time_dim = 4 * config.block_out_channels[0]
     if config.add_context and config.context_dim != time_dim:
         raise ValueError(
-            f"unet.add_context needs a context as wide as the time embedding: set "
+            f"unet.add_context needs tokens as wide as the time embedding: set "
             f"unet.context_dim = conditioner.width = {time_dim}, not {config.context_dim}"
         )

@@ -3,9 +3,9 @@
 #
 #   sbatch --dependency=afterok:JOB slurm/evaluate.sh +experiment=laion_512
 #
-# starts when the training JOB is done, however often that goes back into the queue before;
-# `--dependency=singleton` instead lets evaluations follow one another. Submit from the project's
-# folder. Arguments are passed on to `python -m trainer.evaluate`.
+# This starts when the training JOB is done, even if JOB goes back into the queue several times. With
+# `--dependency=singleton` instead, evaluations run one after another. Submit from the project's folder.
+# Arguments are passed on to `python -m trainer.evaluate`.
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --output=slurm/logs/evaluate-%j.log
@@ -13,6 +13,7 @@
 #SBATCH --requeue
 set -euo pipefail
 
+[[ -f slurm/common.sh ]] || { echo "error: submit from the project's folder, not from $PWD" >&2; exit 1; }
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 lf_rendezvous

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What srun starts for each rank: lines of rank 0 stand in the job's log as they are, those of the
-# others behind their names. Leaves behind the exit code of the rank that failed first, since srun
-# ends all others then, and knows the highest of all codes only.
+# srun starts this script for each rank. In the job's log, the lines of ranks other than 0 begin with
+# the rank and its node. LF_TASK is the rank's number in a job array, counted from LF_FIRST_TASK.
+# The rank that fails first writes its exit code to a file: srun then ends the others, and returns
+# only the highest of all codes.
 #
 # Slurm signals every process of a job. Its warning before the time limit must not kill a rank before
-# Python listens, and no signal the process that writes the names.
+# Python handles it, and no signal may end the process that writes the beginnings of lines.
+export LF_TASK=$((${LF_FIRST_TASK:-0} + SLURM_PROCID))
 trap "" USR1
 trap : TERM INT
 if ((SLURM_PROCID > 0)); then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on many nodes, one process a GPU; the same command again goes on from the last checkpoint.
+# Train on many nodes, one process a GPU; the same command again resumes from the newest checkpoint.
 #
 #   sbatch --nodes=4 slurm/train.sh +experiment=laion_512 optim.lr=1e-4
 #
@@ -12,29 +12,24 @@
 #SBATCH --signal=USR1@180
 set -euo pipefail
 
+[[ -f slurm/common.sh ]] || { echo "error: submit from the project's folder, not from $PWD" >&2; exit 1; }
 # shellcheck source=slurm/common.sh
 source slurm/common.sh
 
-# One process checks the options, before many start, and says where the run lives.
+# One process checks the options before many start. Python alone reads the run folder out of them.
 ranks=$((SLURM_JOB_NUM_NODES * ${SLURM_GPUS_ON_NODE:-1}))
-run=$(WORLD_SIZE=$ranks "$LF_PYTHON" -m trainer "$@" --cfg job --package run --resolve | sed -n "s/^dir: //p")
+options=$(WORLD_SIZE=$ranks "$LF_PYTHON" -m trainer "$@" --cfg job --package run --resolve)
 
-newest() {
-  find "$run/checkpoints" -maxdepth 1 -name "step_*" 2>/dev/null | sort | tail -n 1 | grep . ||
-    echo "the start of $run"
-}
-
-before=$(newest)
+before=$("$LF_PYTHON" -m trainer.runs.progress <<<"$options")
 lf_start_at "$before"
 lf_rendezvous
 code=0
 lf_srun --kill-on-bad-exit=1 slurm/rank.sh "$LF_PYTHON" -m trainer "$@" || code=$?
 
-# 1: an error that somebody has to mend, unless the run had come further before it. All else is worth
-# another start: 85 stopped early with a checkpoint, as the time limit or a preemption was near,
-# 70 crashed, 86 hung, over 128 a signal killed a rank.
-after=$(newest)
+# After code 1, an error that a person has to fix, the job starts again only if this start saved a new
+# checkpoint. After every higher code it starts again.
+after=$("$LF_PYTHON" -m trainer.runs.progress <<<"$options")
 if [[ $code -gt 1 || ($code -eq 1 && $after != "$before") ]]; then
-  lf_requeue "exit code $code at $after"
+  lf_requeue "exit code $code ($(lf_meaning "$code")) at $after"
 fi
 exit "$code"

@@ -1,83 +1,52 @@
-"""From prompts to images: the trained network with everything that sampling needs around it."""
+"""From prompts to images: the trained network, its conditioner, first stage and sampler."""
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.attention import Context
-from models.autoencoder import Autoencoder, load_autoencoder
-from models.conditioners import Captions, Conditioner, build_conditioner
-from models.convert import load_unet
-from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX
-from models.diffusion import Diffusion
-from models.guidance import guided
-from models.samplers import sample
+from data.storage.documents import is_json_object, read_json
+from models.conditioning.conditioner import Conditioner
+from models.conditioning.conditioners import build_conditioner, conditioner_class
+from models.conditioning.text import Text, text_fingerprint
+from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX, export_differences
+from models.diffusion.guidance import guided
+from models.diffusion.process import Diffusion
+from models.diffusion.samplers import Start, sample
+from models.first_stage.autoencoder import Autoencoder, fingerprint, load_autoencoder
+from models.latent_diffusion import LatentDiffusion, LatentScale
+from models.layers.attention import sdpa_for
+from models.layers.blocks import use_attention
 from models.unet import UNet2DCondition
-from trainer import rng
-from trainer.checkpoint import Checkpoint
+from models.weights.compvis import load_unet
+from trainer.checkpoints.reader import Checkpoint
 from trainer.config import Config
-from trainer.images import to_uint8
-from trainer.rng import Purpose
+from trainer.pictures.png import to_uint8
+from trainer.runtime import rng
+from trainer.runtime.rng import Purpose
 
-
-@dataclass(frozen=True, slots=True)
-class LatentScale:
-    """Mean and standard deviation of every latent channel over the whole training set."""
-
-    mean: list[float]
-    std: list[float]
-
-    def normalise(self, latents: Tensor) -> Tensor:
-        """latents: [B, C, h, w] as the first stage gives them → mean 0 and variance 1 a channel."""
-        return (latents - _channels(self.mean, latents)) / _channels(self.std, latents)
-
-    def denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of normalise."""
-        return latents * _channels(self.std, latents) + _channels(self.mean, latents)
-
-
-class LatentDiffusion(nn.Module):
-    """All that is trained: the U-Net and, where it learns too, the conditioner."""
-
-    def __init__(self, unet: UNet2DCondition, conditioner: Conditioner | None) -> None:
-        """conditioner: the one that is trained with the U-Net, if there is one."""
-        super().__init__()
-        self.unet = unet
-        self.conditioner = conditioner
-
-    def forward(
-        self, latents: Tensor, timesteps: Tensor, condition: Context | Captions | None
-    ) -> Tensor:
-        """Predict with the U-Net in its own precision.
-
-        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: the context, or the
-        captions that the trained conditioner embeds.
-        Returns [B, C, h, w] in the latents' dtype.
-        """
-        if self.conditioner is not None and not isinstance(condition, Context):
-            condition = self.conditioner(condition)
-        dtype = self.unet.conv_in.weight.dtype
-        tokens, mask = None, None
-        if condition is not None:
-            assert isinstance(condition, Context)
-            tokens, mask = condition.tokens.to(dtype), condition.mask
-        return self.unet(latents.to(dtype), timesteps, tokens, mask).to(latents.dtype)
+FIRST_STAGE, TEXT_ENCODER = "first_stage", "text_encoder"
+"""Keys of the hashes of frozen networks in the task's state of a checkpoint."""
 
 
 def load_trained(
     config: Config, checkpoint: Checkpoint, conditioner: Conditioner
 ) -> tuple[LatentDiffusion, LatentScale]:
-    """The averaged weights of a checkpoint, and the scale of the latents that it was trained on.
+    """Load the averaged weights of a checkpoint.
 
-    Raises: ValueError if the checkpoint is of another task or network than the config's.
+    conditioner: it gets its averaged weights, if it was trained with the U-Net.
+    Returns the network on the CPU, and the mean and standard deviation of its training latents.
+    Raises: ValueError if the checkpoint is of another task or network than the config's, or was
+    trained with another text encoder than `conditioner`.
     """
-    if "latent_scale" not in checkpoint.state["task"]:
+    if "latent_scale" not in checkpoint.state.task:
         raise ValueError(f"checkpoint.load: {checkpoint.path} is not of task=diffusion")
+    _check_text_encoder(config, checkpoint, conditioner)
     trained = conditioner if conditioner.trainable else None
     module = LatentDiffusion(UNet2DCondition(config.unet), trained)
     try:
@@ -86,11 +55,73 @@ def load_trained(
         raise ValueError(
             f"checkpoint.load: {checkpoint.path} holds another network than unet.* describes"
         ) from error
-    return module, LatentScale(**checkpoint.state["task"]["latent_scale"])
+    return module, LatentScale(**checkpoint.state.task["latent_scale"])
+
+
+def load_decoder(config: Config, checkpoint: Checkpoint) -> Autoencoder:
+    """Load the first stage of the config; a line says if a checkpoint was trained with another.
+
+    Raises: FileNotFoundError or ValueError that names autoencoder.weights.
+    """
+    autoencoder = load_autoencoder(config.autoencoder)
+    saved = checkpoint.state.task.get(FIRST_STAGE)  # 0.1.0 did not save it
+    if saved is not None and saved != fingerprint(autoencoder):
+        print(
+            f"warning: {checkpoint.path} was trained on latents of another first stage than "
+            f"autoencoder.weights={config.autoencoder.weights}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return autoencoder
+
+
+def _check_export(config: Config, folder: Path) -> None:
+    """Compare network and diffusion of the config with those of an export.
+
+    Raises: ValueError in one line with both values of each option that differs, or for a kind of
+    conditioner whose weights no export has.
+    """
+    if conditioner_class(config.conditioner).trainable:
+        raise ValueError(
+            f"sample.export: no export has weights of conditioner.kind={config.conditioner.kind}: "
+            "draw from the checkpoint"
+        )
+    theirs: list[dict[str, Any]] = []
+    for path in (folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"):
+        try:
+            content: object = read_json(path, below=folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"sample.export: {path} cannot be read: {error}") from error
+        theirs.append(content if is_json_object(content) else {})
+    found = "; ".join(export_differences(config.unet, config.diffusion, *theirs))
+    if found:
+        raise ValueError(f"sample.export: {folder} is of another model: {found}")
+
+
+def _check_text_encoder(config: Config, checkpoint: Checkpoint, conditioner: Conditioner) -> None:
+    """Compare a text encoder under another name than in training by its hash.
+
+    Raises: ValueError with both names, if it is another.
+    """
+    saved = checkpoint.state.task.get(TEXT_ENCODER)
+    trained, own = checkpoint.state.config["conditioner"], config.conditioner
+    names = [(trained["model"], trained["pretrained"]), (own.model, own.pretrained)]
+    if saved is None or names[0] == names[1] or not isinstance(conditioner, Text):
+        return
+    if text_fingerprint(conditioner) != saved:
+        old, new = (" of ".join(filter(None, reversed(name))) for name in names)
+        raise ValueError(
+            f"checkpoint.load: {checkpoint.path} was trained with another text encoder: "
+            f"conditioner.pretrained was {old}, is {new}"
+        )
 
 
 class Pipeline:
-    """Draws images; sample i's noise is a function of (seed, i), whatever the batches and ranks."""
+    """Draws images. The noise of sample i depends on (seed, i), not on batches or ranks.
+
+    The constructor does not move its networks. The caller puts them on the device, in evaluation
+    mode, for good or by `runtime.placement.on_device`. `load` and `load_export` do this themselves.
+    """
 
     def __init__(
         self,
@@ -101,46 +132,55 @@ class Pipeline:
         scale: LatentScale,
         device: torch.device,
     ) -> None:
+        """device: the device of the networks.
+
+        scale: the mean and standard deviation of the latents that the U-Net was trained on.
+        """
         self._config = config
-        self._module = module.to(device).eval()
-        self._conditioner = conditioner.to(device).eval()
-        self._autoencoder = autoencoder.to(device).eval()
+        self._module = module
+        use_attention(module, sdpa_for(device))  # a training chooses for its own precision
+        self._conditioner = conditioner
+        self._autoencoder = autoencoder
         self._diffusion = Diffusion(config.diffusion)
         self._scale = scale
         self._device = device
 
     @classmethod
     def load(cls, config: Config, checkpoint: Checkpoint, device: torch.device) -> Self:
-        """Of a checkpoint's averaged weights.
+        """Load a checkpoint's averaged weights, the conditioner and the first stage.
 
-        Raises: ValueError if the checkpoint is of another task or network than the config's.
+        Raises: FileNotFoundError or ValueError that names the config path of missing weights;
+        ValueError if the checkpoint is of another task or network than the config's.
         """
         conditioner = build_conditioner(config.conditioner)
         module, scale = load_trained(config, checkpoint, conditioner)
-        return cls(config, module, conditioner, load_autoencoder(config.autoencoder), scale, device)
+        autoencoder = load_decoder(config, checkpoint)
+        _place(device, module, conditioner, autoencoder)
+        return cls(config, module, conditioner, autoencoder, scale, device)
 
     @classmethod
     def load_export(cls, config: Config, folder: Path, device: torch.device) -> Self:
-        """Of the U-Net and first stage of an export; the conditioner is the config's.
+        """Load the U-Net and the first stage of an export, and the conditioner of the config.
 
-        Raises: FileNotFoundError or ValueError if they are missing, or of another network than the
-        config's.
+        Raises: FileNotFoundError or ValueError if weights are missing, or are of another network or
+        diffusion than the config's.
         """
         if not (folder / PIPELINE_INDEX).is_file():
             raise FileNotFoundError(
                 f"sample.export: {folder} holds no {PIPELINE_INDEX}; make an export with "
                 f"python -m trainer.export +experiment={config.run.experiment}"
             )
+        _check_export(config, folder)
         unet = UNet2DCondition(config.unet)
         load_unet(unet, config.unet, folder / "unet" / DIFFUSION_WEIGHTS)
         stage = replace(config.autoencoder, weights=str(folder / "vae" / DIFFUSION_WEIGHTS))
         autoencoder = load_autoencoder(stage)
         channels = config.autoencoder.latent_channels
-        scale = LatentScale([0.0] * channels, [1.0] * channels)  # it is part of an export's weights
-        module = LatentDiffusion(unet, None)
-        return cls(
-            config, module, build_conditioner(config.conditioner), autoencoder, scale, device
-        )
+        # no scale: an export has it in the weights of its first stage
+        scale = LatentScale([0.0] * channels, [1.0] * channels)
+        module, conditioner = LatentDiffusion(unet, None), build_conditioner(config.conditioner)
+        _place(device, module, conditioner, autoencoder)
+        return cls(config, module, conditioner, autoencoder, scale, device)
 
     @torch.inference_mode()
     def draw(
@@ -154,44 +194,49 @@ class Pipeline:
         init_image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Tensor:
-        """Images [B, 3, H, W] uint8 on the CPU of B prompts, from the noise of `samples`.
+        """Draw an image of each prompt: [B, 3, H, W] uint8 on the CPU.
 
-        init_image: [3, H, W] in [-1, 1], which all of them start from with this strength; see
-        `models.samplers.sample`.
+        samples: [B] numbers of the samples; with `seed` they determine the noise.
+        on_step: called after each sampling step with its index and the predicted clean latents,
+        [B, C, h, w].
+        negative_prompt: the prompt of the unconditional prediction; None: the empty condition.
+        init_image: [3, H, W] in [-1, 1], the start of all images. strength: the share of the
+        sampling steps that are done from there, in (0, 1] (`models.diffusion.samplers.sample`).
         """
         config = self._config
         side = config.data.image_size // config.autoencoder.downsample_factor
-        shape = (config.unet.in_channels, side, side)
+        shape = (config.autoencoder.latent_channels, side, side)
         ids = np.asarray(samples, np.int64)
 
         def noise(purpose: Purpose, draw: int) -> Tensor:
             epochs = np.full_like(ids, draw)
-            return torch.from_numpy(rng.normal(seed, purpose, epochs, ids, shape)).to(self._device)
+            return torch.as_tensor(rng.normal(seed, purpose, epochs, ids, shape)).to(self._device)
 
         predict = guided(
             self._module,
-            self._conditioner(list(prompts)),
-            self._conditioner([negative_prompt] * len(ids)),
+            self._conditioner(list(prompts), (side, side)),
+            self._conditioner([negative_prompt] * len(ids), (side, side)),
             config.sampler,
         )
-        start = None if init_image is None else self._encode(init_image)
+        start = None if init_image is None else Start(self._encode(init_image), strength)
         latents = sample(
             predict,
             self._diffusion,
             config.sampler,
             noise(Purpose.sampling, 0),
             start=start,
-            strength=strength,
             step_noise=lambda step: noise(Purpose.sampler_step, step),
             on_step=on_step,
         )
         return to_uint8(self._autoencoder.decode(self._scale.denormalise(latents)))
 
     def _encode(self, image: Tensor) -> Tensor:
-        """[3, H, W] → the mean of its posterior, normalised: [1, C, h, w]."""
+        """Encode an image [3, H, W] to the normalised mean of its posterior: [1, C, h, w]."""
         mean = self._autoencoder.encode(image[None].to(self._device))[:, 0]
         return self._scale.normalise(mean)
 
 
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+def _place(device: torch.device, *networks: nn.Module) -> None:
+    """Move networks to the device, in evaluation mode."""
+    for network in networks:
+        network.to(device).eval()

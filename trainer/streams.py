@@ -1,4 +1,4 @@
-"""The data sets of a config, opened for this rank."""
+"""Open the data sets of a config for this rank."""
 
 from functools import partial
 from typing import Literal
@@ -7,64 +7,75 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.config import CaptionForm
-from data.image_stream import ImageStream
-from data.latent_stream import LatentStream
-from trainer import rng
-from trainer.config import Config
-from trainer.distributed import Ranks
-from trainer.rng import Purpose
+from data.order.batches import Share
+from data.shards.manifest import Ids
+from data.streams.images import ImageStream
+from data.streams.latents import LatentStream
+from data.streams.stream import NOTHING_DRAWN, Randomness, Stream
+from models.config.conditioning import CONDITIONERS, any_caption
+from trainer.config import Config, Task
+from trainer.runtime import rng
+from trainer.runtime.ranks import Ranks
+from trainer.runtime.rng import Purpose
 
 
 def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) -> ImageStream:
-    """The image shards of a split.
+    """Open the image shards of a split: data.train with random flips and captions, or data.val.
 
-    Raises: FileNotFoundError or ValueError that names data.train or data.val and what makes it.
+    Raises: FileNotFoundError or ValueError that names data.train or data.val, and the command that
+    makes the shards.
     """
-    return ImageStream(
-        config.data.train if split == "train" else config.data.val,
-        config.data,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch_size,
-        micro_batch=config.train.micro_batch_size,
-        rank=ranks.rank,
-        world=ranks.world_size,
-        flips=_flips(config) if split == "train" else None,
-        draws=_caption_draws(config) if split == "train" else None,
-        command=f"python -m trainer.pack +experiment={config.run.experiment}",
+    randomness = _randomness(config) if split == "train" else NOTHING_DRAWN
+    command = f"python -m trainer.pack +experiment={config.run.experiment}"
+    stream = ImageStream.open(
+        config.data, split, _share(config, ranks), randomness, command=command
     )
+    if config.task is Task.diffusion:
+        _check_captions(stream, config)
+    return stream
 
 
 def open_latents(config: Config, ranks: Ranks) -> LatentStream:
-    """The latent shards.
+    """Open the latent shards of data.latents or data.mixture.
 
-    Raises: FileNotFoundError or ValueError that names data.latents and what makes it.
+    Raises: FileNotFoundError or ValueError that names the option, and the command that makes the
+    shards.
     """
-    return LatentStream(
-        config.data.latents,
-        config.data,
+    command = f"python -m trainer.precompute +experiment={config.run.experiment}"
+    stream = LatentStream.open(
+        config.data, _share(config, ranks), _randomness(config), command=command
+    )
+    _check_captions(stream, config)
+    return stream
+
+
+def _check_captions(stream: Stream, config: Config) -> None:
+    """Let a caption that has no condition, such as a wrong class number, cost its sample alone."""
+    problem = CONDITIONERS[config.conditioner.kind].caption_problem
+    if problem is not any_caption:
+        stream.caption_problem = partial(problem, config.conditioner)
+
+
+def _share(config: Config, ranks: Ranks) -> Share:
+    return Share(
         seed=config.run.seed,
-        global_batch=config.train.global_batch_size,
-        micro_batch=config.train.micro_batch_size,
         rank=ranks.rank,
         world=ranks.world_size,
-        flips=_flips(config),
-        draws=_caption_draws(config),
-        command=f"python -m trainer.precompute +experiment={config.run.experiment}",
+        global_batch=config.train.global_batch_size,
+        micro_batch=config.train.micro_batch_size,
     )
 
 
-def _flips(config: Config):
-    if not config.data.flip:
-        return None
+def _randomness(config: Config) -> Randomness:
+    """Return the draws for flips and captions, functions of (seed, epoch, sample)."""
     seed = config.run.seed
 
-    def flips(epochs: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def flip(epochs: Ids, samples: Ids) -> NDArray[np.bool_]:
         return rng.uniform(seed, Purpose.flip, epochs, samples) < 0.5
 
-    return flips
-
-
-def _caption_draws(config: Config):
-    if config.data.captions is CaptionForm.text:
-        return None
-    return partial(rng.uniform, config.run.seed, Purpose.caption)
+    return Randomness(
+        flip=flip if config.data.flip else None,
+        caption=None
+        if config.data.captions is CaptionForm.text
+        else partial(rng.uniform, seed, Purpose.caption),
+    )

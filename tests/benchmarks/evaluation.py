@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.unit.metrics.test_features import inception_weights
-from trainer.distributed import Ranks
-from trainer.image_folder import ImageFolder
+from tests.support.inception import inception_weights
 from trainer.metrics.feature_set import FeatureCollector, FeatureSet, batches
 from trainer.metrics.frechet import frechet_distance
+from trainer.metrics.image_folder import ImageFolder
 from trainer.metrics.inception import InceptionV3
+from trainer.runtime.ranks import Ranks
 
 IMAGES, FEW = 128, 2
 SIDE = 256

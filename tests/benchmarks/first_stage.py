@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from models.autoencoder import AutoencoderKL
 from models.config import AutoencoderConfig
+from models.first_stage.autoencoder import AutoencoderKL
 from tests.benchmarks.turns import least_seconds
-from tests.unit.models.oracles import diffusers_autoencoder, load_both_ways
+from tests.support.oracles import diffusers_autoencoder, load_both_ways
 
 ROUNDS = 12
 EMOJI = {

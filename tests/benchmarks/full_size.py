@@ -18,21 +18,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.attention import choose_attention
-from models.config import AttentionBackend
+from models.layers.attention import sdpa_for
+from models.layers.blocks import use_attention
 from models.unet import UNet2DCondition
-from tests.unit.models.test_unet import diffusers_condition, shipped
+from tests.support.oracles import diffusers_condition
+from tests.support.unet_files import described_unet
 
 SIDE, TOKENS = 32, 77
 
 
 def main() -> None:
     """One line of JSON."""
-    config = shipped("sd1")
+    config = described_unet("sd1")
     torch.manual_seed(0)
     inputs = torch.randn(1, 4, SIDE, SIDE), torch.randn(1, TOKENS, config.context_dim)
     timesteps = torch.tensor([500])
-    choose_attention(AttentionBackend.auto, torch.device("cpu"), torch.float32, [])
     theirs = diffusers_condition(config)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -41,6 +41,7 @@ def main() -> None:
     with torch.device("meta"):
         ours = UNet2DCondition(config)
     ours.load_state_dict(theirs.state_dict(), assign=True)
+    use_attention(ours, sdpa_for(torch.device("cpu")))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "theirs.safetensors"
         save_file(results(theirs, lambda x, c: theirs(x, timesteps, c).sample, *inputs), path)

@@ -18,19 +18,18 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import psutil
 from safetensors.torch import save_file
 
-from tests.latent_jobs import write_first_stage, write_pictures
-from trainer.checkpoint import open_checkpoint
-from trainer.cli import load_config
-from trainer.latents import precompute
+from tests.support.latent_jobs import UNMEASURED, ready
+from tests.support.paths import ROOT
+from trainer.checkpoints.reader import open_checkpoint
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
-CLIP = {
+CLIP: dict[str, Any] = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
     "text_cfg": {"width": 1024, "heads": 16, "layers": 2},
@@ -104,16 +103,10 @@ def prepare(folder: Path, more: list[str]) -> list[str]:
         "train.micro_batch_size=1",
         "train.log_every=1",
         "checkpoint.every=2",
-        "eval.every=0",
-        "eval.features=[]",
-        "eval.clip_score=false",
-        "logger.wandb.mode=disabled",
+        *UNMEASURED,
         *more,
     ]
-    config = load_config(overrides)
-    write_first_stage(Path(config.autoencoder.weights), config)
-    write_pictures(Path(config.data.train), 4, 4, config.data.image_size)
-    precompute(config)
+    ready(overrides, 4, 4)
     return overrides
 
 

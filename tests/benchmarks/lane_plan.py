@@ -16,8 +16,8 @@ import time
 import numpy as np
 import psutil
 
-from data.cursor import VERSION, Cursor
-from data.plan import LanePlan
+from data.order.cursor import VERSION, Cursor
+from data.order.lanes import LanePlan
 
 SAMPLES, SHARDS, RANKS, NODE_RANKS = 10**9, 100_000, 1024, 8
 LANES, BLOCK, GLOBAL_BATCH = 1024, 4096, 8192

@@ -4,9 +4,11 @@
 the page cache. One process without worker processes reads batches of 256, shuffled: a tensor of
 the moments and the captions. Only webdataset parses the JSON.
 
-Every reader goes on from where its last turn ended, so that opening files and filling buffers is
-timed for none. Rates are samples a second of processor time, of all threads, so that whatever
-else the machine does weighs less; a ratio is ours ÷ theirs, the median over the rounds.
+Every reader has a process of its own, which is stopped while others have their turn: threads that
+a reader leaves behind take no time from another. It goes on from where its last turn ended, so
+opening files and filling buffers is timed for none. Rates are samples a second of processor time,
+of all threads of its process, so whatever else the machine does weighs less; a ratio is
+ours ÷ theirs, the median over the rounds.
 
 Ours checks every byte against the manifest; the peers check nothing. The plain read copies the
 shards into one buffer, which is used again and stays in the processor's cache.
@@ -14,11 +16,15 @@ shards into one buffer, which is used again and stays in the processor's cache.
 
 import importlib
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +33,12 @@ import torch
 from torch.utils.data import DataLoader
 from webdataset.compat import WebDataset
 
-from data.codecs import encode_npy
 from data.config import DataConfig
-from data.latent_stream import LatentStream
-from data.manifest import Kind, LatentInfo, Manifest
-from data.writer import ShardSetWriter
+from data.order.batches import Share
+from data.shards.codecs import encode_npy
+from data.shards.manifest import Kind, LatentInfo, Manifest
+from data.shards.writer import ShardSetWriter
+from data.streams.latents import LatentStream
 
 SAMPLES, SHARDS, BATCH = 20_000, 20, 256
 SHAPE = (2, 4, 32, 32)
@@ -44,10 +51,11 @@ Batch = tuple[torch.Tensor, list[str]]
 
 def main() -> None:
     """One line a reader, then the JSON."""
-    torch.set_num_threads(1)
-    mds, litdata = _peer("streaming", "mosaicml-streaming"), _peer("litdata", "litdata")
+    for module, package in (("streaming", "mosaicml-streaming"), ("litdata", "litdata")):
+        _peer(module, package)
     with tempfile.TemporaryDirectory(prefix="loader-") as folder:
-        rates = _race(Path(folder), mds, litdata)
+        _write_shards(Path(folder) / "ours")
+        rates = _race(Path(folder))
     report: dict[str, float] = {}
     for name, theirs in rates.items():
         if name != "ours":
@@ -82,23 +90,62 @@ def _peer(module: str, package: str) -> Any:
         sys.exit(f"{package}: {error}; run pip install -e '.[bench]'")
 
 
-def _race(root: Path, mds: Any, litdata: Any) -> dict[str, list[float]]:
+def _race(root: Path) -> dict[str, list[float]]:
     """Give every reader a turn a round: samples/s of each turn, by reader."""
-    shards = root / "ours"
-    _write_shards(shards)
-    readers = {
-        "ours": _turns(_read_ours(shards)),
-        "webdataset": _turns(_read_webdataset(shards)),
-        "mds": _turns(_read_mds(root / "mds", mds)),
-        "litdata": _turns(_read_litdata(root / "litdata", litdata)),
-        "raw": lambda: _read_raw(shards),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in readers}
-    for _ in range(ROUNDS):
-        for name, turn in readers.items():
-            samples, spent_s = turn()
-            rates[name].append(samples / spent_s)
-    return rates
+    racers = {name: Racer(name, root) for name in READERS}
+    try:
+        rates: dict[str, list[float]] = {name: [] for name in racers}
+        for _ in range(ROUNDS):
+            for name, racer in racers.items():
+                rates[name].append(racer.turn())
+        return rates
+    finally:
+        for racer in racers.values():
+            racer.end()
+
+
+class Racer:
+    """A reader in a process of its own, which stands still while it is not its turn."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        """Start it, and wait until it has read an epoch."""
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_run, args=(name, root, theirs))
+        self._process.start()
+        theirs.close()
+        self._await()
+
+    def turn(self) -> float:
+        """Let it read for TURN_S; return samples a second of its processor time."""
+        self._signal(signal.SIGCONT)
+        self._pipe.send(None)
+        return self._await()
+
+    def end(self) -> None:
+        """End its process, threads included."""
+        self._process.kill()
+        self._process.join()
+
+    def _await(self) -> float:
+        rate: float = self._pipe.recv()
+        self._signal(signal.SIGSTOP)
+        return rate
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+
+def _run(name: str, root: Path, pipe: Connection) -> None:
+    """Read in turns, as the parent asks for them, until it ends this process."""
+    torch.set_num_threads(1)
+    turn = READERS[name](root)
+    pipe.send(0.0)
+    while True:
+        pipe.recv()
+        samples, spent_s = turn()
+        pipe.send(samples / spent_s)
 
 
 def _turns(batches: Iterator[Batch]) -> Callable[[], tuple[int, float]]:
@@ -157,9 +204,7 @@ def _write_shards(folder: Path) -> None:
 
 def _read_ours(folder: Path) -> Iterator[Batch]:
     config = DataConfig(dir="", train="", val="", latents=str(folder), image_size=256)
-    stream = LatentStream(
-        str(folder), config, seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world=1
-    )
+    stream = LatentStream.open(config, Share(seed=0, global_batch=BATCH, micro_batch=BATCH))
     for (batch,) in stream.steps(0):
         yield batch.arrays["moments"], batch.captions
 
@@ -178,7 +223,8 @@ def _read_webdataset(folder: Path) -> Iterator[Batch]:
             yield torch.as_tensor(arrays), captions
 
 
-def _read_mds(folder: Path, mds: Any) -> Iterator[Batch]:
+def _read_mds(folder: Path) -> Iterator[Batch]:
+    mds = _peer("streaming", "mosaicml-streaming")
     shape = ",".join(map(str, SHAPE))
     columns = {"moments": f"ndarray:float16:{shape}", "caption": "str", "json": "bytes"}
     size_limit = SAMPLES // SHARDS * 17_000
@@ -198,7 +244,8 @@ def _litdata_sample(number: int) -> dict[str, Any]:
     return {"moments": tensor, "caption": caption(number), "json": metadata(number).decode()}
 
 
-def _read_litdata(folder: Path, litdata: Any) -> Iterator[Batch]:
+def _read_litdata(folder: Path) -> Iterator[Batch]:
+    litdata = _peer("litdata", "litdata")
     litdata.optimize(
         fn=_litdata_sample,
         inputs=list(range(SAMPLES)),
@@ -212,6 +259,16 @@ def _read_litdata(folder: Path, litdata: Any) -> Iterator[Batch]:
         for batch in loader:
             yield batch["moments"], batch["caption"]
 
+
+Turn = Callable[[], tuple[int, float]]
+READERS: dict[str, Callable[[Path], Turn]] = {
+    "ours": lambda root: _turns(_read_ours(root / "ours")),
+    "webdataset": lambda root: _turns(_read_webdataset(root / "ours")),
+    "mds": lambda root: _turns(_read_mds(root / "mds")),
+    "litdata": lambda root: _turns(_read_litdata(root / "litdata")),
+    "raw": lambda root: lambda: _read_raw(root / "ours"),
+}
+"""Name → what writes its files, checks an epoch, and returns its turns: (samples, seconds)."""
 
 if __name__ == "__main__":
     main()

@@ -24,18 +24,17 @@ from pathlib import Path
 
 from torch import nn
 
-from data.stream import Batch
-from tests.latent_jobs import write_first_stage, write_pictures
-from trainer.cli import load_config
+from data.streams.stream import Batch
+from tests.support.latent_jobs import UNMEASURED, ready
+from tests.support.paths import ROOT
 from trainer.config import Config
-from trainer.distributed import join
-from trainer.latents import precompute
-from trainer.loop import Run
-from trainer.optim import build_optimizer, learning_rate
-from trainer.preemption import StopRequest
-from trainer.tasks.diffusion import DiffusionTask
+from trainer.engine.optim import build_optimizer, learning_rate
+from trainer.runtime.ranks import join
+from trainer.train.denoiser import build_denoising
+from trainer.train.loop import TrainingLoop
+from trainer.train.start import TrainingStart
+from trainer.train.stop import StopRequest
 
-ROOT = Path(__file__).parents[2]
 EVERY, BLOCKS, SAVES, STARTS = 10, 10, 5, 2
 
 
@@ -44,8 +43,9 @@ class BareLoop:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._task = DiffusionTask(config, join())
-        (self._module,) = self._task.modules.values()
+        self._task = build_denoising(config, join())
+        (trained,) = self._task.trained.values()
+        self._module = trained.module
         self._optimizer = build_optimizer(config.optim, self._module.parameters())
         self._batches: Iterator[list[Batch]] = self._task.stream.steps(0)
         self._step = 0
@@ -55,8 +55,8 @@ class BareLoop:
         start_s = time.process_time()
         for _ in range(count):
             for batch in next(self._batches):
-                for loss in self._task.losses("denoiser", self._module, [batch], self._step):
-                    loss.mean.backward()
+                (turn,) = self._task.turns(self._step)
+                turn.loss(self._module, batch).mean.backward()
             nn.utils.clip_grad_norm_(self._module.parameters(), self._config.optim.max_grad_norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate(
@@ -144,23 +144,17 @@ def main() -> None:
             f"train.max_steps={EVERY * BLOCKS + 1}",
             f"train.log_every={EVERY}",
             "checkpoint.every=1000000",
-            "eval.every=0",
-            "eval.features=[]",
-            "eval.clip_score=false",
+            *UNMEASURED,
             "eval.num_samples=1",
             "eval.prompts=[a picture]",
             "sampler.steps=1",
-            "logger.wandb.mode=disabled",
             *sys.argv[1:],
         ]
-        config = load_config(overrides)
-        write_first_stage(Path(config.autoencoder.weights), config)
-        write_pictures(Path(config.data.train), 128, 64, config.data.image_size)
-        precompute(config)
+        config = ready(overrides, 128, 64)
         bare = BareLoop(config)
         bare.steps(2)
         ranks, ema_s, save_s, copy_s = join(), [], [], []
-        run = Run(config, ranks, DiffusionTask(config, ranks), None)
+        run = TrainingLoop(config, ranks, TrainingStart(build_denoising(config, ranks), None, None))
         run.engine._update_averages = timed(run.engine._update_averages, ema_s, time.process_time)
         turns = Turns(bare)
         run.train(turns)

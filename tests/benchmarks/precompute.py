@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.latent_jobs import write_first_stage, write_pictures
+from tests.support.latent_jobs import write_first_stage, write_pictures
 from trainer.cli import load_config
 from trainer.config import Config
-from trainer.encoder import Encoder
-from trainer.latents import precompute
+from trainer.precompute.encode import Encoder
+from trainer.precompute.job import precompute
 
 SAMPLES = 360
 SHARD_SAMPLES = 90

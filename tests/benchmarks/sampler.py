@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.attention import Context
-from models.diffusion import Diffusion
-from models.guidance import guided
-from models.samplers import sample
+from models.condition import Condition
+from models.diffusion.guidance import guided
+from models.diffusion.process import Diffusion
+from models.diffusion.samplers import sample
+from models.latent_diffusion import LatentDiffusion
 from models.unet import UNet2DCondition
 from tests.benchmarks.turns import least_seconds
-from tests.unit.models.oracles import diffusers, load_both_ways
-from tests.unit.models.test_unet import diffusers_condition
+from tests.support.oracles import diffusers, diffusers_condition, load_both_ways
 from trainer.cli import load_config
 from trainer.config import Config
-from trainer.pipeline import LatentDiffusion
 
 ROUNDS = 8
 STEPS = 10
@@ -60,7 +59,7 @@ def our_loop(
     config: Config, module: LatentDiffusion, noise: Tensor, context: Tensor, null: Tensor
 ) -> Tensor:
     """As `trainer.pipeline.Pipeline.draw`."""
-    predict = guided(module, Context(context), Context(null), config.sampler)
+    predict = guided(module, Condition(context), Condition(null), config.sampler)
     return sample(predict, Diffusion(config.diffusion), config.sampler, noise)
 
 

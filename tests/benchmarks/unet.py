@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.attention import choose_attention
-from models.config import AttentionBackend, UNetConfig
-from models.unet import UNet2DCondition, attention_shapes
+from models.config import UNetConfig
+from models.layers.attention import padded_sdpa_attention, sdpa_attention
+from models.layers.blocks import use_attention
+from models.unet import UNet2DCondition
 from tests.benchmarks.turns import least_seconds
-from tests.unit.models.oracles import load_both_ways
-from tests.unit.models.test_unet import diffusers_condition, diffusers_unconditional
+from tests.support.oracles import diffusers_condition, diffusers_unconditional, load_both_ways
 
 ROUNDS = 6
 BATCH, SIDE, TOKENS = 4, 32, 77
@@ -70,10 +70,10 @@ def main() -> None:
     speeds, gflops = {}, {}
     for name, config in ROWS.items():
         ours, theirs = pair(config)
-        choose(AttentionBackend.sdpa, config, torch.device("meta"))
+        use_attention(ours.network, sdpa_attention)
         cost, their_cost = cost_of(ours), cost_of(theirs)
         costs.append([mine / other for mine, other in zip(cost, their_cost, strict=True)])
-        choose(AttentionBackend.auto, config, torch.device("cpu"))
+        use_attention(ours.network, padded_sdpa_attention)
         step_s, their_step_s = least_seconds(ours, theirs, rounds=ROUNDS)
         speeds[name] = their_step_s / step_s
         gflops[name] = cost.flops / step_s / 1e9
@@ -116,11 +116,6 @@ def pair(config: UNetConfig) -> tuple[Steps, Steps]:
         Steps(ours, lambda: ours(*inputs)),
         Steps(theirs.train(), lambda: theirs(*inputs).sample),
     )
-
-
-def choose(backend: AttentionBackend, config: UNetConfig, device: torch.device) -> None:
-    """As a run on this device."""
-    choose_attention(backend, device, torch.float32, attention_shapes(config, BATCH, SIDE, TOKENS))
 
 
 def cost_of(step: Steps) -> Cost:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import Workshop, losses
-from tests.integration.test_training import finish, start
-from trainer.checkpoint import latest_checkpoint
-from trainer.loop import fit
+from tests.support.processes import run_command
+from tests.support.workshop import Workshop, losses
+from trainer.checkpoints.reader import latest_checkpoint
+from trainer.train.loop import fit
 
 LOSS = "autoencoder.loss"
 GAN = [
@@ -56,7 +56,7 @@ def assert_close(one: dict[str, list[float]], other: dict[str, list[float]]) -> 
         assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
-def test_both_modules_go_on_from_a_checkpoint_bit_equal(workshop: Workshop, tmp_path: Path):
+def test_both_modules_go_on_from_a_checkpoint_bit_equal(workshop: Workshop, tmp_path: Path) -> None:
     """With a batch norm, whose running statistics are in the checkpoint, too."""
     options = [f"{LOSS}.discriminator.norm=batch", "checkpoint.every=4", *VQ]
     whole = trained(workshop, tmp_path, *options)
@@ -71,12 +71,12 @@ def test_both_modules_go_on_from_a_checkpoint_bit_equal(workshop: Workshop, tmp_
     before = saved.tensors(*kinds)
     assert all(before.values())
     assert any("running_mean" in name for name in before["discriminator.buffer"])
-    assert saved.state["discriminator.adam_steps"] == 4
+    assert saved.training.adam_steps["discriminator"] == 4
     shutil.rmtree(last)
     assert trained(workshop, tmp_path, *options) == whole
     resumed = latest_checkpoint(last.parent)
     assert resumed is not None
-    assert resumed.state["task"] == saved.state["task"]
+    assert resumed.state.task == saved.state.task
     after = resumed.tensors(*kinds)
     for kind, tensors in before.items():
         assert tensors.keys() == after[kind].keys()
@@ -84,7 +84,9 @@ def test_both_modules_go_on_from_a_checkpoint_bit_equal(workshop: Workshop, tmp_
             assert torch.equal(tensor, after[kind][name]), f"{kind}/{name}"
 
 
-def test_ranks_and_micro_batches_do_not_change_the_curves(workshop: Workshop, tmp_path: Path):
+def test_ranks_and_micro_batches_do_not_change_the_curves(
+    workshop: Workshop, tmp_path: Path
+) -> None:
     # the kinks of a pretrained network make large differences of rounding errors within six steps
     plain = f"{LOSS}.perceptual_weight=0"
     one = trained(workshop, tmp_path / "one", plain)
@@ -94,7 +96,7 @@ def test_ranks_and_micro_batches_do_not_change_the_curves(workshop: Workshop, tm
         run = tmp_path / f"stage_{stage}"
         options = [plain, f"deepspeed.stage={stage}", f"train.micro_batch_size={micro_batch}"]
         overrides = workshop.overrides("emoji_autoencoder", *GAN, *options, run=run)
-        code, output = finish(start(overrides, ranks=2))
-        assert code == 0, output
+        ended = run_command("trainer", *overrides, ranks=2)
+        assert ended.code == 0, ended.said
         assert_close(curves(run), one)
         assert max(abs(losses(run)[step] - alone[step]) for step in alone) < 1e-5

@@ -1,8 +1,6 @@
 """Saved at any ZeRO stage on any number of ranks, gone on from at any other."""
 
 import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -10,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import Workshop
-from tests.integration.matrix_ranks import LAST, PAIRS, SAVED, label
+from tests.support.matrix_ranks import LAST, PAIRS, SAVED, label
+from tests.support.processes import run_command
+from tests.support.workshop import Workshop
 
-ROOT = Path(__file__).parents[2]
 NOISE = 1e-5
 """Of losses and of tensors, as shares of their largest values."""
 
@@ -30,9 +28,8 @@ def results(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "ema.decays=[0.3,0.9]",
         "ema.sigma_rels=[0.1]",
     )
-    command = [sys.executable, "-m", "tests.integration.matrix_ranks", str(folder), *overrides]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert made.returncode == 0, made.stdout + made.stderr
+    made = run_command("tests.support.matrix_ranks", folder, *overrides)
+    assert made.code == 0, made.said
     return folder
 
 
@@ -54,7 +51,7 @@ def change(new: torch.Tensor, old: torch.Tensor) -> float:
 @pytest.mark.parametrize(("source", "target"), list(product(PAIRS, PAIRS)))
 def test_every_pair_goes_on_as_if_it_had_not_stopped(
     source: tuple[int, int], target: tuple[int, int], results: Path
-):
+) -> None:
     straight, resumed = f"{label(*source)}-straight", f"{label(*source)}-{label(*target)}"
     losses, tensors = differences(results, straight, resumed)
     if source == target:
@@ -64,7 +61,7 @@ def test_every_pair_goes_on_as_if_it_had_not_stopped(
         assert tensors < NOISE
 
 
-def test_training_moves_far_more_than_the_noise(results: Path):
+def test_training_moves_far_more_than_the_noise(results: Path) -> None:
     straight = json.loads((results / f"{label(*PAIRS[0])}-straight.json").read_text())
     assert len({tuple(step["ids"]) for step in straight}) == LAST - SAVED
     last = load_file(results / f"{label(*PAIRS[0])}-straight.st")

@@ -1,7 +1,6 @@
 """Evaluations beside a training, within it, after it, and on any number of ranks."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Workshop, losses
+from tests.support.processes import run_command
+from tests.support.workshop import Workshop, losses
 from trainer.callbacks.jsonl import JsonLines
-from trainer.checkpoint import latest_checkpoint
-from trainer.evaluation import evaluate, make_references
-from trainer.loop import fit
+from trainer.checkpoints.reader import latest_checkpoint
+from trainer.evaluate.job import evaluate
+from trainer.reference.job import make_references
+from trainer.train.denoiser import DenoisingTask
+from trainer.train.loop import fit
 
-ROOT = Path(__file__).parents[2]
 MEASURE = [
     "eval.features=[efficientnet_lite0,open_clip]",
     "eval.metrics=[frechet,kid,precision_recall,cmmd]",
@@ -59,15 +60,35 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def quiet(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A training that is evaluated at its end alone, by nothing but a picture."""
+    """A training that is never evaluated."""
     run = tmp_path_factory.mktemp("quiet")
     assert fit(workshop.config("emoji", *TRAIN, run=run)) == 0
     return run
 
 
+def test_a_training_without_evaluations_needs_nothing_for_them(
+    workshop: Workshop, quiet: Path, tmp_path: Path
+) -> None:
+    assert not (quiet / "samples").exists()
+    assert not any("eval/" in key for line in lines(quiet) for key in line)
+    options = ["train.max_steps=1", "eval.features=[inception]", "eval.inception_weights=/lost"]
+    assert fit(workshop.config("emoji", *options, run=tmp_path / "denoiser")) == 0
+    options += [f"data.val={tmp_path}"]
+    assert fit(workshop.config("emoji_autoencoder", *options, run=tmp_path / "stage")) == 0
+
+
+def test_a_run_that_goes_on_without_evaluations_makes_none(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped in an evaluation, so its checkpoint says that one is due."""
+    monkeypatch.setattr(DenoisingTask, "evaluate", lambda *_, **__: None)
+    assert fit(workshop.config("emoji", *TRAIN, "eval.every=2", run=tmp_path)) == 85
+    assert fit(workshop.config("emoji", *TRAIN, "eval.every=0", run=tmp_path)) == 0
+
+
 def test_evaluations_leave_the_training_as_it_is_bit_for_bit(
     workshop: Workshop, quiet: Path, tmp_path: Path
-):
+) -> None:
     options = [*TRAIN, *MEASURE, "eval.every=1", "ema.decays=[0.999,0.05]"]
     assert fit(workshop.config("emoji", *options, run=tmp_path)) == 0
     assert losses(tmp_path) == losses(quiet)
@@ -89,10 +110,25 @@ def test_evaluations_leave_the_training_as_it_is_bit_for_bit(
     assert set(protocol["features"]) == {"efficientnet_lite0", "open_clip"}
 
 
+def test_a_training_logs_the_same_protocol_with_a_folder_to_measure_later(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    options = ["train.max_steps=1", "eval.every=1"]
+    folder = f"eval.images={workshop.folder / 'pictures'}"
+    runs = {tmp_path / "with": [folder], tmp_path / "without": []}
+    for run, more in runs.items():
+        assert fit(workshop.config("emoji", *options, *more, run=run)) == 0
+    (expected,), (found,) = (
+        {line["eval/protocol"] for line in lines(run) if "eval/protocol" in line} for run in runs
+    )
+    assert found == expected
+    assert read(tmp_path / "with" / "protocols" / f"{found}.json")["samples"]["num_samples"] == 4
+
+
 def test_any_number_of_ranks_gives_the_same_samples_and_numbers(
     workshop: Workshop, quiet: Path, tmp_path: Path
-):
-    found, samples = [], []
+) -> None:
+    found, samples, references = [], [], []
     for ranks in (1, 2, 3, 4):
         run = tmp_path / str(ranks)
         options = [
@@ -101,25 +137,19 @@ def test_any_number_of_ranks_gives_the_same_samples_and_numbers(
             f"eval.references={run / 'references'}",
             "eval.keep_samples=true",
         ]
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", *launcher, "trainer.evaluate"),
-                *workshop.overrides("emoji", *options, run=run),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        overrides = workshop.overrides("emoji", *options, run=run)
+        done = run_command("trainer.evaluate", *overrides, ranks=ranks)
+        assert done.code == 0, done.said
         (file,) = (run / "evaluations").glob("other_step_00000004_*.json")
         found.append(read(file))
         kept = sorted(file.with_suffix("").glob("*.png"))
         samples.append([path.read_bytes() for path in kept])
+        made = (run / "references").iterdir()
+        references.append({path.name: path.read_bytes() for path in made})
     assert [len(images) for images in samples] == [11] * 4
     assert samples[1:] == samples[:1] * 3
+    assert len(references[0]) == 4
+    assert references[1:] == references[:1] * 3
     assert set(numbers(found[0])) == KEYS
     for other in found[1:]:
         assert numbers(other) == pytest.approx(numbers(found[0]), abs=1e-6, rel=1e-6)
@@ -128,7 +158,7 @@ def test_any_number_of_ranks_gives_the_same_samples_and_numbers(
 
 def test_an_evaluation_outlives_the_training_that_goes_on_from_before_it(
     workshop: Workshop, tmp_path: Path
-):
+) -> None:
     offline = [*TRAIN, *MEASURE, "logger.wandb.mode=offline"]
     assert fit(workshop.config("emoji", *TRAIN, "train.max_steps=2", run=tmp_path)) == 0
     early = workshop.config("emoji", *offline, run=tmp_path)
@@ -140,10 +170,10 @@ def test_an_evaluation_outlives_the_training_that_goes_on_from_before_it(
     assert not list(tmp_path.glob("wandb")), "the training has steps left, and sends it itself"
 
     # resumed at step 1: the lines of step 2 are cut, but for the evaluation's
-    JsonLines(tmp_path / "metrics.jsonl", 1)
+    JsonLines(tmp_path / "metrics.jsonl", 1).close()
     assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [1]
     assert [line for line in lines(tmp_path) if "eval/cmmd" in line] == [line]
-    JsonLines(tmp_path / "metrics.jsonl", 2)
+    JsonLines(tmp_path / "metrics.jsonl", 2).close()
     assert lines(tmp_path).count(line) == 1
 
     assert fit(early) == 0
@@ -155,11 +185,11 @@ def test_an_evaluation_outlives_the_training_that_goes_on_from_before_it(
     ended = latest_checkpoint(tmp_path / "checkpoints")
     assert ended is not None
     sent = [values for record in records for values in history(record)]
-    assert all(record.stem == f"run-{ended.state['wandb_id']}" for record in records)
+    assert all(record.stem == f"run-{ended.training.wandb_id}" for record in records)
     measured = [
         (line["step"], line["eval/cmmd"]) for line in lines(tmp_path) if "eval/cmmd" in line
     ]
-    assert [step for step, _ in measured] == [2, 4, 4]
+    assert [step for step, _ in measured] == [2, 4]
     assert [(v["step"], v["eval/cmmd"]) for v in sent if "eval/cmmd" in v] == measured
 
 
@@ -173,7 +203,7 @@ def history(record: Path) -> list[dict[str, Any]]:
 
 def test_a_folder_of_images_is_measured_against_a_reference_made_beforehand(
     workshop: Workshop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     options = [
         "eval.features=[efficientnet_lite0]",
         "eval.metrics=[frechet,precision_recall]",
@@ -196,5 +226,10 @@ def test_a_folder_of_images_is_measured_against_a_reference_made_beforehand(
     few, whole = sorted(results, key=lambda values: -values["fd_efficientnet_lite0"])
     assert few["protocol"] != whole["protocol"]
     assert whole["num_samples"] == 48
-    assert whole["precision_efficientnet_lite0"] > few["precision_efficientnet_lite0"]
+    sizes = sorted(read(path)["images"] for path in (tmp_path / "references").glob("*.json"))
+    assert len(sizes) == 2
+    for found, size in zip((few, whole), sizes, strict=True):
+        # every image of the reference is measured, too, and lies at distance 0 from itself
+        assert found["recall_efficientnet_lite0"] == 1
+        assert found["precision_efficientnet_lite0"] >= size / 48
     assert whole["fd_efficientnet_lite0"] < 0.5 * few["fd_efficientnet_lite0"]

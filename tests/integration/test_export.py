@@ -9,17 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.autoencoder import AutoencoderKL, load_autoencoder
-from models.conditioners import ClipText, build_conditioner
-from tests.conftest import Workshop
-from tests.unit.models.oracles import diffusers
-from trainer import rng
-from trainer.checkpoint import chosen_checkpoint
+from models.conditioning.clip_text import ClipText
+from models.conditioning.conditioners import build_conditioner
+from models.first_stage.autoencoder import AutoencoderKL, load_autoencoder
+from tests.support.oracles import diffusers
+from tests.support.workshop import Workshop
+from trainer.checkpoints.reader import chosen_checkpoint
 from trainer.config import Config
-from trainer.exporting import export
-from trainer.loop import fit
+from trainer.export.job import export
 from trainer.pipeline import Pipeline
-from trainer.rng import Purpose
+from trainer.runtime import rng
+from trainer.runtime.rng import Purpose
+from trainer.train.loop import fit
 
 PROMPTS = [
     "a red circle",
@@ -47,7 +48,7 @@ def pipeline(config: Config) -> Any:
     )
 
 
-def test_tokens_and_hidden_states_are_ours(config: Config, pipeline: Any):
+def test_tokens_and_hidden_states_are_ours(config: Config, pipeline: Any) -> None:
     ours = build_conditioner(config.conditioner)
     assert isinstance(ours, ClipText)
     ids = pipeline.tokenizer(
@@ -60,11 +61,13 @@ def test_tokens_and_hidden_states_are_ours(config: Config, pipeline: Any):
     assert torch.equal(ids, ours.tokenizer(PROMPTS))
     with torch.no_grad():
         states = pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(states, ours(PROMPTS).tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(states, ours(PROMPTS, (8, 8)).tokens, rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(config: Config, pipeline: Any):
-    scale = chosen_checkpoint(config).state["task"]["latent_scale"]
+def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(
+    config: Config, pipeline: Any
+) -> None:
+    scale = chosen_checkpoint(config).state.task["latent_scale"]
     mean, std = (torch.tensor(scale[name]).view(-1, 1, 1) for name in ("mean", "std"))
     assert (std.log().abs() > 0.05).any()
     ours = load_autoencoder(config.autoencoder)
@@ -81,7 +84,7 @@ def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(config: Conf
         torch.testing.assert_close(decoded, ours.decode(moments[:, 0]), rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_are_ours(config: Config, pipeline: Any):
+def test_pictures_are_ours(config: Config, pipeline: Any) -> None:
     ours = Pipeline.load(config, chosen_checkpoint(config), torch.device("cpu"))
     seeds = np.arange(len(PROMPTS))
     expected = ours.draw(PROMPTS, seeds.tolist(), seed=5).float() / 255
@@ -98,7 +101,7 @@ def test_pictures_are_ours(config: Config, pipeline: Any):
     assert expected.std().item() > 0.02
 
 
-def test_the_card_says_how_to_use_it_and_what_it_is(config: Config):
+def test_the_card_says_how_to_use_it_and_what_it_is(config: Config) -> None:
     folder = Path(config.export.out)
     card = (folder / "README.md").read_text()
     assert "num_inference_steps=6, guidance_scale=3.0" in card
@@ -113,7 +116,9 @@ def test_the_card_says_how_to_use_it_and_what_it_is(config: Config):
     assert all(torch.equal(value, averaged[f"unet.{name}"]) for name, value in stored.items())
 
 
-def test_a_second_export_replaces_the_first_and_nothing_else(config: Config, tmp_path: Path):
+def test_a_second_export_replaces_the_first_and_nothing_else(
+    config: Config, tmp_path: Path
+) -> None:
     (Path(config.export.out) / "stale.txt").write_text("of the first")
     export(config)
     assert not (Path(config.export.out) / "stale.txt").exists()
@@ -134,7 +139,7 @@ def test_a_second_export_replaces_the_first_and_nothing_else(config: Config, tmp
 )
 def test_what_diffusers_has_no_pipeline_for_is_named(
     workshop: Workshop, config: Config, options: list[str], words: str
-):
+) -> None:
     other = workshop.config("emoji", *options, run=Path(config.run.dir))
     with pytest.raises(ValueError, match=words):
         export(other)

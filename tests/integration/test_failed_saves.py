@@ -1,25 +1,27 @@
 """A run whose saves fail, or are disturbed by more signals, by the loop's own rules."""
 
 import errno
+import json
 import signal
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import Workshop, losses
-from tests.integration.test_training import finish, start
-from trainer import checkpoint_writer
-from trainer.checkpoint import latest_checkpoint
-from trainer.loop import fit
+from tests.support.processes import start
+from tests.support.workshop import Workshop, losses
+from trainer.checkpoints import tensors as tensor_files
+from trainer.checkpoints.reader import latest_checkpoint
+from trainer.train.loop import fit
 
 TRAIN = ["train.max_steps=8", "checkpoint.every=2", "checkpoint.keep=9", "data.flip=false"]
 
 
-def fill_disk(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
-    """Saves number 1, 2, … that are in `failing` find no space."""
-    real, saves = checkpoint_writer.save_file, 0
+def fill_disk(monkeypatch: pytest.MonkeyPatch, failing: Container[int]) -> None:
+    """Attempts to save number 1, 2, … that are in `failing` find no space."""
+    real, saves = tensor_files.save_file, 0
 
     def save_file(tensors: dict[str, Any], path: Path) -> None:
         nonlocal saves
@@ -28,7 +30,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", save_file)
+    monkeypatch.setattr(tensor_files, "save_file", save_file)
 
 
 def saved(run: Path) -> list[int]:
@@ -40,19 +42,24 @@ def test_a_run_goes_on_past_a_full_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-):
-    fill_disk(monkeypatch, {2, 3})
+) -> None:
+    fill_disk(monkeypatch, range(2, 5))
     assert fit(workshop.config("emoji", *TRAIN, run=tmp_path)) == 0
-    assert saved(tmp_path) == [2, 8]
+    assert {2, 8} <= set(saved(tmp_path))
     assert sorted(losses(tmp_path)) == list(range(1, 9))
-    assert capsys.readouterr().err.count("warning: no checkpoint at step") == 2
+    folder, error = tmp_path / "checkpoints", capsys.readouterr().err
+    assert error.count("warning: ") == 1  # in a minute
+    assert f"warning: {folder} cannot be written: No space left on device; " in error
+    event = json.loads((tmp_path / "history.jsonl").read_text().splitlines()[-1])
+    assert event["what"].startswith(f"{folder} is written, after ")
+    assert event["attempts"] == 3
 
 
 def test_or_stops_where_it_is_told_to(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    fill_disk(monkeypatch, {2, 3, 4, 5})
-    options = [*TRAIN, "checkpoint.stop_on_failure=true"]
+) -> None:
+    fill_disk(monkeypatch, range(2, 1000))
+    options = [*TRAIN, "checkpoint.stop_on_failure=true", "checkpoint.patience_s=0"]
     with pytest.raises(OSError, match=r"no checkpoint at step \d: .*No space left.*make room"):
         fit(workshop.config("emoji", *options, run=tmp_path))
     assert saved(tmp_path) == [2]
@@ -61,18 +68,28 @@ def test_or_stops_where_it_is_told_to(
 
 def test_a_last_save_that_fails_is_an_error(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    fill_disk(monkeypatch, {4})
+) -> None:
+    fill_disk(monkeypatch, range(4, 1000))
     with pytest.raises(OSError, match=r"no checkpoint at step 8: .*make room and start again"):
-        fit(workshop.config("emoji", *TRAIN, run=tmp_path))
+        fit(workshop.config("emoji", *TRAIN, "checkpoint.patience_s=0", run=tmp_path))
     assert saved(tmp_path) == [2, 4, 6]
 
 
-def test_more_signals_during_the_last_save_change_nothing(workshop: Workshop, tmp_path: Path):
+def test_a_last_save_waits_for_its_disk(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk(monkeypatch, range(4, 7))
+    assert fit(workshop.config("emoji", *TRAIN, run=tmp_path)) == 0
+    assert saved(tmp_path) == [2, 4, 6, 8]
+
+
+def test_more_signals_during_the_last_save_change_nothing(
+    workshop: Workshop, tmp_path: Path
+) -> None:
     endless = ["train.max_steps=100000", "checkpoint.every=100000", "checkpoint.keep=9"]
     process = start(workshop.overrides("emoji", *endless, run=tmp_path))
-    while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
-        assert process.poll() is None, finish(process)
+    while not losses(tmp_path):
+        assert process.poll() is None, process.printed()
         time.sleep(0.005)
     while process.poll() is None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -83,8 +100,8 @@ def test_more_signals_during_the_last_save_change_nothing(workshop: Workshop, tm
     for _ in range(5):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.002)
-    code, output = finish(process)
-    assert code == 85, output
+    ended = process.finish()
+    assert ended.code == 85, ended.said
     found = latest_checkpoint(tmp_path / "checkpoints")
     assert found is not None
     assert found.step == max(losses(tmp_path))

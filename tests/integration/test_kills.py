@@ -1,14 +1,13 @@
 """Killed at any moment, a run goes on from its newest committed checkpoint, with nothing lost."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+from tests.support.processes import Command
+
 OVERRIDES = [
     "+experiment=emoji",
     "train.global_batch_size=8",
@@ -21,18 +20,16 @@ OVERRIDES = [
 @pytest.mark.parametrize(
     "kills", [pytest.param(6, id="short"), pytest.param(75, marks=pytest.mark.campaign)]
 )
-def test_kills_lose_nothing_that_was_committed(kills: int, tmp_path: Path):
-    command = [sys.executable, "-m", "tests.integration.kill_ranks", str(tmp_path), str(kills), "0"]
-    made = subprocess.run(
-        [*command, *OVERRIDES], cwd=ROOT, capture_output=True, text=True, timeout=60 + 30 * kills
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    figures = json.loads(made.stdout.splitlines()[-1])
+def test_kills_lose_nothing_that_was_committed(kills: int, tmp_path: Path) -> None:
+    words = [tmp_path, str(kills), "0", *OVERRIDES]
+    made = Command("tests.support.kill_ranks", words).finish(timeout_s=60 + 30 * kills)
+    assert made.code == 0, made.said
+    figures = json.loads(made.out.splitlines()[-1])
     print(figures)
     assert figures["kills"] == kills
     assert figures["single_ranks"] == kills // 3
-    assert figures["inside_saves"] >= kills // 4
-    assert figures["steps"] > kills
+    assert figures["inside_saves"] == -(-kills // 2)
+    assert figures["steps"] >= kills // 2  # lives that are not killed in a save commit a step
 
     def lived(folder: Path) -> list[list[float]]:
         lines = (folder / "losses.jsonl").read_text().splitlines()

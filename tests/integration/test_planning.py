@@ -4,20 +4,21 @@ import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from models.attention import choose_attention
-from models.config import AttentionBackend
-from tests.conftest import RUN
+from models.layers.attention import padded_sdpa_attention
+from models.layers.blocks import use_attention
+from tests.support.workshop import RUN
 from trainer.cli import load_config
 from trainer.config import Config
-from trainer.distributed import Ranks, join
-from trainer.engine import Engine
-from trainer.forecast import layout_of, memory_of, trace_step
-from trainer.tasks.planned import Frozen, build_module, planned
+from trainer.engine.engine import Engine
+from trainer.plan.forecast import layout_of, memory_of, trace_step
+from trainer.runtime.ranks import Ranks, join
+from trainer.train.tasks import plan_step
 
 SMALL = [*RUN, "conditioner=none", "unet.context_dim=0", "train.precision=fp32"]
 CASES = {
@@ -43,7 +44,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_predicts_the_tensor_memory_of_a_real_step(case: str, tmp_path: Path):
+def test_predicts_the_tensor_memory_of_a_real_step(case: str, tmp_path: Path) -> None:
     experiment, options = CASES[case]
     config = load_config([f"+experiment={experiment}", *options])
     ranks = join()
@@ -56,16 +57,17 @@ def test_predicts_the_tensor_memory_of_a_real_step(case: str, tmp_path: Path):
 
 def measure(config: Config, ranks: Ranks, path: Path) -> int:
     """Peak bytes of tensors in the second optimizer step, by the allocator's events."""
-    choose_attention(AttentionBackend.sdpa, ranks.device, torch.float32, [])
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        module = build_module(config)
-        task = planned(config, module, Frozen(0, 0, 0))
+        step_plan = plan_step(config)
+        module = step_plan.build_module()
+        use_attention(module, padded_sdpa_attention)
         engine = Engine(module, config, ranks)
         for step in range(2):
             with torch.profiler.record_function(f"step {step}"):
                 for _ in range(micro_batches(config)):
-                    engine.backward(task.planned_loss(config.train.micro_batch_size))
+                    loss = step_plan.loss(module, config.train.micro_batch_size)
+                    engine.backward(loss)
                 engine.step(step)
     profiler.export_chrome_trace(str(path))
     return peak_allocated(json.loads(path.read_text())["traceEvents"], "step 1")
@@ -75,7 +77,7 @@ def micro_batches(config: Config) -> int:
     return config.train.global_batch_size // config.train.micro_batch_size
 
 
-def peak_allocated(events: Sequence[dict], within: str) -> int:
+def peak_allocated(events: Sequence[dict[str, Any]], within: str) -> int:
     """Bytes beyond those that were there at the first event: earlier engines leave theirs."""
     (span,) = [event for event in events if event.get("name") == within]
     start, end = span["ts"], span["ts"] + span["dur"]

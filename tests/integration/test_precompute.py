@@ -1,14 +1,13 @@
 """Latent jobs of several processes at once, some of them killed."""
 
 import hashlib
-import multiprocessing
+import os
 import random
-import re
 import shutil
 import signal
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -16,17 +15,16 @@ from threading import Event, Thread
 
 import pytest
 
-from data.codecs import decode_npy
-from data.manifest import Manifest
-from tests.latent_jobs import folder_hashes, job_config, make_job, run_task
+from data.shards.codecs import decode_npy
+from data.shards.manifest import Manifest
+from data.storage.lease import InUseError
+from tests.support.latent_jobs import folder_hashes, job_config, make_job, run_task
+from tests.support.processes import forks
 from trainer.config import Config
-from trainer.latents import precompute
+from trainer.precompute.job import precompute
 
 SAMPLES, SHARD_SAMPLES = 150, 5
 LONGEST_PAUSE_S = 0.2
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.latent_jobs"])  # a start then costs milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +48,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(config: Config) -> BaseProcess:
     log = Path(config.data.latents).with_suffix(".log")
-    process = processes.Process(target=run_task, args=(config, log))
+    process = forks.Process(target=run_task, args=(config, log))
     process.start()
     return process
 
 
 @contextmanager
-def watch(latents: Path, final: dict[str, str]) -> Iterator[None]:
+def watch(latents: Path, final: dict[str, str]) -> Generator[None]:
     """Look all the time: whatever has a name is already what it will be in the end."""
     stop, wrong = Event(), []
     seen = set()
@@ -124,26 +122,34 @@ def check_kills(undisturbed: Path, folder: Path, least: int) -> None:
     print(f"{kills} kills in {jobs} jobs")
 
 
-def test_tasks_killed_at_random_moments_give_the_same_folder(undisturbed, tmp_path):
+def test_tasks_killed_at_random_moments_give_the_same_folder(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     check_kills(undisturbed, tmp_path, 8)
 
 
 @pytest.mark.campaign
-def test_many_tasks_killed_at_random_moments_give_the_same_folder(undisturbed, tmp_path):
+def test_many_tasks_killed_at_random_moments_give_the_same_folder(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     check_kills(undisturbed, tmp_path, 100)
 
 
-def test_tasks_at_the_same_shards_share_the_work(undisturbed, tmp_path):
-    final = folder_hashes(undisturbed / "latents")
+def test_a_task_that_runs_is_not_started_twice(undisturbed: Path, tmp_path: Path) -> None:
     latents = tmp_path / "latents"
     latents.mkdir()
-    config = job_config(undisturbed, f"data.latents={latents}")
-    with watch(latents, final):
-        tasks = [start(config) for _ in range(3)]
-        for task in tasks:
-            task.join()
-    assert [task.exitcode for task in tasks] == [0, 0, 0]
-    assert folder_hashes(latents) == final
-    said = (tmp_path / "latents.log").read_text()
-    encoded = [int(count) for count in re.findall(r"(\d+) shards now", said)]
-    assert sum(encoded) == SAMPLES // SHARD_SAMPLES
+    options = [f"data.latents={latents}"]
+    first = start(job_config(undisturbed, *options))
+    while not list(latents.glob(".task_0_of_1.lease")):
+        time.sleep(0.005)
+    os.kill(first.pid or 0, signal.SIGSTOP)
+    for more, remedy in [
+        ([], "precompute.task of its own"),
+        (["precompute.num_tasks=2"], "with its precompute.num_tasks, not 2"),
+    ]:
+        with pytest.raises(InUseError, match=rf"process {first.pid}\).* {remedy}"):
+            precompute(job_config(undisturbed, *options, *more))
+    os.kill(first.pid or 0, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0
+    assert folder_hashes(latents) == folder_hashes(undisturbed / "latents")

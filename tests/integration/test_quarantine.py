@@ -3,16 +3,17 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from data.manifest import Manifest
-from data.tar import decode_index
-from tests.conftest import Workshop, losses
-from tests.integration.test_training import finish, start
-from trainer.checkpoint import latest_checkpoint
-from trainer.loop import fit
+from data.shards.index import decode_index
+from data.shards.manifest import Manifest
+from tests.support.processes import run_command
+from tests.support.workshop import Workshop, losses
+from trainer.checkpoints.reader import latest_checkpoint
+from trainer.train.loop import fit
 
 DAMAGED = {0: [0, 5], 1: [1, 6], 2: [2, 7], 3: [0, 4]}
 """Rows of every shard, so that each of two ranks meets some within an epoch."""
@@ -38,15 +39,16 @@ def damaged(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 def test_bad_samples_are_replaced_listed_and_counted_on_any_number_of_ranks(
     workshop: Workshop, damaged: tuple[Path, set[str]], tmp_path: Path
-):
+) -> None:
     latents, keys = damaged
     options = ["data.flip=false", f"data.latents={latents}", "data.max_rejected_share=0.3"]
     one, two = tmp_path / "one", tmp_path / "two"
     for steps in (2, 4):  # the second start goes on from the first one's checkpoint
         more = [*options, f"train.max_steps={steps}"]
         assert fit(workshop.config("emoji", *more, run=one)) == 0
-        code, output = finish(start(workshop.overrides("emoji", *more, run=two), ranks=2))
-        assert code == 0, output
+        overrides = workshop.overrides("emoji", *more, run=two)
+        ended = run_command("trainer", *overrides, ranks=2)
+        assert ended.code == 0, ended.said
     ledgers = []
     for run in (one, two):
         ledger = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
@@ -57,7 +59,7 @@ def test_bad_samples_are_replaced_listed_and_counted_on_any_number_of_ranks(
         assert counts[-1] == len(ledger)
         checkpoint = latest_checkpoint(run / "checkpoints")
         assert checkpoint is not None
-        assert checkpoint.state["quarantine"] == ledger
+        assert [asdict(item) for item in checkpoint.training.quarantine] == ledger
         ledgers.append({item["key"] for item in ledger})
     assert ledgers[0] == ledgers[1]
     assert 4 <= len(ledgers[0]) <= len(keys)
@@ -67,10 +69,12 @@ def test_bad_samples_are_replaced_listed_and_counted_on_any_number_of_ranks(
 
 def test_too_many_bad_samples_stop_every_rank_with_one_line(
     workshop: Workshop, damaged: tuple[Path, set[str]], tmp_path: Path
-):
+) -> None:
     latents, _ = damaged
     options = ["data.flip=false", f"data.latents={latents}", "data.max_rejected_share=0.03"]
     overrides = workshop.overrides("emoji", *options, "train.max_steps=8", run=tmp_path)
-    code, output = finish(start(overrides, ranks=2))
-    assert code != 0
-    assert re.search(r"data\.max_rejected_share: \d of 38 samples of data\.latents are bad", output)
+    ended = run_command("trainer", *overrides, ranks=2)
+    assert ended.code != 0
+    assert re.search(
+        r"data\.max_rejected_share: \d of 38 samples of data\.latents are bad", ended.said
+    )

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.attention import Context
-from tests.conftest import Workshop, draw_pictures, losses
-from tests.unit.models.test_text_encoder import WORDS, bert, write_tokenizer
-from trainer.distributed import Ranks
-from trainer.latents import precompute
-from trainer.loop import fit
-from trainer.packing import pack
+from models.condition import Condition
+from tests.support.text_encoders import WORDS, bert, write_tokenizer
+from tests.support.workshop import Workshop, draw_pictures, losses
+from trainer.pack.job import pack
+from trainer.precompute.job import precompute
+from trainer.runtime.ranks import ALONE, Ranks
 from trainer.streams import open_latents
-from trainer.tasks.diffusion import DiffusionTask
+from trainer.train.denoiser import build_denoising
+from trainer.train.loop import fit
 
 COLOURS = {"b": "green", "c": "blue", "d": "circle"}
 
@@ -26,7 +26,7 @@ COLOURS = {"b": "green", "c": "blue", "d": "circle"}
 class Listener(nn.Module):
     """Stands in for the network: keeps what it is conditioned on, answers zero."""
 
-    def forward(self, latents: Tensor, timesteps: Tensor, condition: Context) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         self.condition = condition
         return torch.zeros_like(latents)
 
@@ -50,15 +50,17 @@ def options(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> lis
     return chosen
 
 
-def first_condition(workshop: Workshop, *options: str) -> Context:
+def first_condition(workshop: Workshop, *options: str) -> Condition:
     config = workshop.config("emoji", *options, "conditioner.cond_drop_prob=0.5")
-    task, listener = DiffusionTask(config, Ranks(0, 1, torch.device("cpu"))), Listener()
+    task, listener = build_denoising(config, ALONE), Listener()
     with closing(task.stream.steps(0)) as batches:
-        task.loss(listener, next(batches)[0])
+        task.turns(0)[0].loss(listener, next(batches)[0])
     return listener.condition
 
 
-def test_stored_and_computed_conditions_are_the_same(workshop: Workshop, options: list[str]):
+def test_stored_and_computed_conditions_are_the_same(
+    workshop: Workshop, options: list[str]
+) -> None:
     whole = ["train.global_batch_size=32", "train.micro_batch_size=32"]
     computed = first_condition(workshop, *options, *whole)
     stored = first_condition(workshop, *options, *whole, "data.store_text=true")
@@ -71,13 +73,13 @@ def test_stored_and_computed_conditions_are_the_same(workshop: Workshop, options
 
 def test_a_run_does_not_depend_on_the_padding(
     workshop: Workshop, options: list[str], tmp_path: Path
-):
+) -> None:
     """The mask survives ZeRO 3 and the recomputation of activations."""
     longer = ["conditioner.context_length=16", "deepspeed.stage=3"]
     runs = {"short": [], "long": [*longer, "unet.gradient_checkpointing=true"]}
     found = []
     for name, more in runs.items():
-        steps = [*options, "train.max_steps=6", "optim.lr=0.02", *more]
+        steps = [*options, "train.max_steps=6", "eval.every=6", "optim.lr=0.02", *more]
         assert fit(workshop.config("emoji", *steps, run=tmp_path / name)) == 0
         assert list((tmp_path / name / "samples").glob("*.png"))
         found.append(losses(tmp_path / name))
@@ -86,7 +88,7 @@ def test_a_run_does_not_depend_on_the_padding(
     assert max(abs(short[step] - long[step]) for step in short) < 1e-5
 
 
-def test_visits_take_other_captions_whatever_the_ranks(workshop: Workshop, tmp_path: Path):
+def test_visits_take_other_captions_whatever_the_ranks(workshop: Workshop, tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures", captions=["one\ntwo\nthree"] * 24)
     shutil.copy(workshop.folder / "first_stage_4.safetensors", tmp_path)
     shop = Workshop(tmp_path)

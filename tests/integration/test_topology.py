@@ -1,20 +1,19 @@
 """One loss curve, whatever ranks, micro batches, ZeRO stage and offload it is computed with."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Workshop, losses
+from tests.support.paths import ROOT
+from tests.support.processes import walk
+from tests.support.workshop import Workshop, losses
 from trainer.cli import load_config
-from trainer.loop import fit
+from trainer.train.loop import fit
 
-ROOT = Path(__file__).parents[2]
-STEPS = 50
+SHORT, LONG = 20, 50
+"""Steps of the test and of the campaign."""
 GLOBAL_BATCH = 8
 SAME = 1e-5
 
@@ -38,32 +37,16 @@ ALL = [
 ]
 
 
-def walk(folder: Path, ranks: int, runs: list[list[str]], **environment: str) -> str:
-    """Train the runs on so many ranks; returns what was printed."""
-    plan = folder / f"runs_{ranks}.json"
-    plan.write_text(json.dumps(runs))
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.integration.walk", str(plan)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def largest_difference(workshop: Workshop, folder: Path, choices: list[Choice]) -> dict[str, float]:
+def largest_difference(
+    workshop: Workshop, folder: Path, choices: list[Choice], steps: int
+) -> dict[str, float]:
     """Train with each choice; by how much its curve leaves that of the first."""
     runs: dict[Choice, Path] = {choice: folder / "{}_{}_{}".format(*choice) for choice in choices}
     for ranks in sorted({choice[0] for choice in choices}):
         overrides = [
             workshop.overrides(
                 "emoji",
-                f"train.max_steps={STEPS}",
+                f"train.max_steps={steps}",
                 f"train.micro_batch_size={choice[1]}",
                 f"deepspeed={choice[2]}",
                 "data.lanes=8",
@@ -80,7 +63,7 @@ def largest_difference(workshop: Workshop, folder: Path, choices: list[Choice]) 
             walk(folder, ranks, overrides)
     curves = {choice: losses(run) for choice, run in runs.items()}
     first = curves[choices[0]]
-    assert sorted(first) == list(range(1, STEPS + 1))
+    assert sorted(first) == list(range(1, steps + 1))
     assert max(first.values()) - min(first.values()) > 0.1
     return {
         "{} ranks, micro batch {}, {}".format(*choice): max(
@@ -92,13 +75,13 @@ def largest_difference(workshop: Workshop, folder: Path, choices: list[Choice]) 
 
 def test_the_loss_curve_knows_nothing_of_ranks_micro_batches_and_stages(
     workshop: Workshop, tmp_path: Path
-):
-    found = largest_difference(workshop, tmp_path, CHOICES)
+) -> None:
+    found = largest_difference(workshop, tmp_path, CHOICES, SHORT)
     assert max(found.values()) < SAME, found
 
 
 @pytest.mark.campaign
-def test_every_choice_of_ranks_micro_batch_and_stage(workshop: Workshop, tmp_path: Path):
-    found = largest_difference(workshop, tmp_path, [CHOICES[0], *ALL])
+def test_every_choice_of_ranks_micro_batch_and_stage(workshop: Workshop, tmp_path: Path) -> None:
+    found = largest_difference(workshop, tmp_path, [CHOICES[0], *ALL], LONG)
     print(json.dumps({"choices": len(found), "largest": max(found.values())}))
     assert max(found.values()) < SAME, found

@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.cluster import CannotRunSlurm, Cluster, check_machine, install
-from tests.slurm.conftest import ROOT
+from tests.support.cluster import CannotRunSlurm, Cluster, check_machine, install
+from tests.support.paths import ROOT
 
 START = """
 import sys, time
 from pathlib import Path
-from tests.slurm.cluster import Cluster
+from tests.support.cluster import Cluster
 Cluster(Path(sys.argv[1]), nodes=2)
 print("up", flush=True)
 time.sleep(600)
@@ -31,7 +31,7 @@ def processes_of(folder: Path) -> list[str]:
     ]
 
 
-def test_a_killed_test_run_leaves_nothing_running(cluster: Cluster, tmp_path: Path):
+def test_a_killed_test_run_leaves_nothing_running(cluster: Cluster, tmp_path: Path) -> None:
     assert len(processes_of(cluster.folder)) >= 3 * 6  # unshare, bash and a daemon each
     run = subprocess.Popen(
         [sys.executable, "-c", START, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -48,7 +48,9 @@ def test_a_killed_test_run_leaves_nothing_running(cluster: Cluster, tmp_path: Pa
     assert cluster.run("sinfo", "--noheader")
 
 
-def test_without_root_or_apt_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_without_root_or_apt_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CannotRunSlurm, match=r"slurmd missing, and no apt-get"):
         install(["slurmd"], tmp_path)

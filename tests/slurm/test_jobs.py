@@ -1,17 +1,21 @@
 """The job scripts on a real cluster: an array of latents, the one log, and an end to restarts."""
 
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 
-from tests.latent_jobs import TINY, folder_hashes, make_job
-from tests.slurm.conftest import Project, python_processes
-from trainer.latents import precompute
+from data.shards.manifest import Manifest
+from tests.support.data_sets import png
+from tests.support.latent_jobs import TINY, folder_hashes, make_job
+from tests.support.project import Project, python_processes
+from trainer.precompute.job import precompute
 
 SHARDS = 120
 
 
-def test_a_latent_array_with_a_killed_task_completes(project: Project, tmp_path: Path):
+def test_a_latent_array_with_a_killed_task_completes(project: Project, tmp_path: Path) -> None:
     precompute(make_job(tmp_path, samples=2 * SHARDS, shard_samples=2))
     final = folder_hashes(tmp_path / "latents")
     latents = tmp_path / "array"
@@ -26,12 +30,26 @@ def test_a_latent_array_with_a_killed_task_completes(project: Project, tmp_path:
     # its own number is that of the whole array: the other task must not start again with it
     last = f"{job}_1"
     project.wait(last, lambda: finished(latents, 1) > 0, "a shard of task 1")
-    (process,) = python_processes(f"data.latents={latents}", "precompute.task=1")
+    (process,) = python_processes(f"data.latents={latents}", LF_TASK="1")
     os.kill(process.pid, signal.SIGKILL)
     assert finished(latents, 1) < SHARDS // 2
     assert project.ended(f"{job}_0")["Restarts"] == "0"
     assert project.ended(last)["Restarts"] == "1"
     assert folder_hashes(latents) == final
+
+
+def test_packing_runs_beside_the_gpus_with_many_cpus(project: Project, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(png(number))
+        (images / f"{number}.txt").write_text(f"picture {number}")
+    data = ["data.source.kind=folder", f"data.source.path={images}", f"data.dir={tmp_path}"]
+    job = project.submit("--gpus-per-node=0", "slurm/pack.sh", "+experiment=emoji", *data)
+    shown = project.ended(job)
+    assert (int(shown["NumCPUs"]), shown["TresPerNode"]) == (16, "gres:gpu:0")
+    assert Manifest.load(tmp_path / "train", option="data.train").samples > 0
+    assert "data.train: " in project.log(job)
 
 
 def finished(latents: Path, task: int) -> int:
@@ -43,7 +61,11 @@ def finished(latents: Path, task: int) -> int:
 def stand_in(folder: Path, body: str) -> str:
     """A program in Python's place; it tells the run folder, and does `body` as a rank."""
     program = folder / "python"
-    asked = f'if [[ "$*" == *--cfg* ]]; then echo "dir: {folder}"; exit; fi'
+    asked = f"""
+case "$*" in
+*--cfg*) echo "dir: {folder}"; exit ;;
+-m\\ trainer.run*) exec {shlex.quote(sys.executable)} "$@" ;;
+esac"""
     program.write_text(f"#!/usr/bin/env bash\n{asked}\n{body}\n")
     program.chmod(0o755)
     return str(program)
@@ -51,7 +73,7 @@ def stand_in(folder: Path, body: str) -> str:
 
 def test_a_job_that_dies_at_the_same_step_again_and_again_ends_and_says_so(
     project: Project, tmp_path: Path
-):
+) -> None:
     newest = tmp_path / "checkpoints" / "step_00000500"
     newest.mkdir(parents=True)
     python = stand_in(tmp_path, "kill -SEGV $$")
@@ -60,7 +82,7 @@ def test_a_job_that_dies_at_the_same_step_again_and_again_ends_and_says_so(
     )
     assert project.ended(job, "FAILED")["Restarts"] == "2"
     said = project.log(job)
-    assert said.count("goes back into the queue: exit code 139 at") == 2
+    assert said.count("goes back into the queue: exit code 139 (killed by SIGSEGV) at") == 2
     assert (
         f"error: 2 starts of job {job} got no further than {tmp_path}/checkpoints/step_00000500"
         in said
@@ -69,7 +91,7 @@ def test_a_job_that_dies_at_the_same_step_again_and_again_ends_and_says_so(
 
 def test_a_log_has_lines_of_rank_0_as_they_are_and_the_others_behind_their_names(
     project: Project, tmp_path: Path
-):
+) -> None:
     """An error of one rank ends the job with its code, whatever that does to the others."""
     python = stand_in(
         tmp_path,

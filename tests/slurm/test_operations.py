@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import Workshop, losses
-from tests.slurm.conftest import ROOT, TIMEOUT_S, Project, make_clone
+from tests.support.paths import ROOT
+from tests.support.project import TIMEOUT_S, Project, make_clone
+from tests.support.workshop import Workshop, losses
 
 CI_DOES_IT = ("git clone ", "make ")
 STEPS = 60
@@ -94,7 +95,7 @@ class Person:
         self.project.wait(job, lambda: ready(job), what)
 
     def trains(self, job: str) -> bool:
-        return (self.run / "metrics.jsonl").exists() and max(losses(self.run), default=0) > 1
+        return max(losses(self.run), default=0) > 1
 
     def has_restarted(self, job: str) -> bool:
         return self.cluster.job(job)["Restarts"] == "1"
@@ -112,7 +113,7 @@ class Person:
 
 def test_every_command_of_the_guide_works_in_its_place(
     project: Project, workshop: Workshop, tmp_path: Path
-):
+) -> None:
     clone = make_clone(tmp_path / "latent-foundry")
     prepare(clone, workshop)
     person = Person(Project(clone, project.cluster))
@@ -132,4 +133,4 @@ def test_every_command_of_the_guide_works_in_its_place(
     assert evaluation.name.startswith(f"step_{STEPS:08d}")
     logs = (clone / "slurm" / "logs").glob("*.log")
     jobs = Counter(path.name.partition("-")[0] for path in logs)
-    assert jobs == {"precompute": 2, "train": 2, "evaluate": 1}
+    assert jobs == {"pack": 1, "precompute": 2, "train": 2, "evaluate": 1}

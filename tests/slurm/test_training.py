@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Workshop, losses
-from tests.slurm.conftest import Project, python_processes
-from trainer.checkpoint import latest_checkpoint
-from trainer.loop import fit
+from tests.support.project import Project, python_processes
+from tests.support.workshop import Workshop, losses
+from trainer.checkpoints.reader import latest_checkpoint
+from trainer.train.loop import fit
 
-STEPS = 60
-TRAIN = [f"train.max_steps={STEPS}", "checkpoint.every=20", "train.micro_batch_size=2"]
+STEPS = 36
+TRAIN = [f"train.max_steps={STEPS}", "checkpoint.every=12", "train.micro_batch_size=2"]
 TWO_NODES = ("--nodes=2", "--nodelist=node[1-2]")
 
 
@@ -46,13 +46,15 @@ class Stage:
 
     def wait_for_step(self, job: str, step: int) -> None:
         def reached() -> bool:
-            log = self.run / "metrics.jsonl"
-            return log.exists() and max(losses(self.run), default=0) >= step
+            return max(losses(self.run), default=0) >= step
 
         self.project.wait(job, reached, f"step {step}")
 
-    def hold_until_warned(self, job: str, number: int) -> None:
-        """Let rank 1 stand still, and so all wait for it, until Slurm's warning comes."""
+    def limit(self, job: str, minutes: int) -> None:
+        self.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def hold_until_warned(self, job: str, number: int, ask: Callable[[], None]) -> None:
+        """Let rank 1 stand still, and so all wait for it; ask for Slurm's warning and await it."""
         first = max(losses(self.run), default=0) if number > 1 else 0
         self.wait_for_step(job, first + 1)
         ranks = python_processes(f"run.dir={self.run}", SLURM_PROCID="1")
@@ -64,6 +66,7 @@ class Stage:
         with suppress(psutil.NoSuchProcess):  # it may have heard the warning before, and be gone
             for rank in ranks:
                 rank.suspend()
+        ask()
         self.project.wait(job, warned, f"warning {number}")
         with suppress(psutil.NoSuchProcess):
             for rank in ranks:
@@ -96,12 +99,15 @@ def four_nodes(stage: Stage) -> None:
 
 
 def time_limit(stage: Stage) -> None:
-    """Near twice. Slurm looks every 30 s, so a warning that is due at once comes soon."""
-    job = stage.train(*TWO_NODES, "--time=5", "--signal=USR1@300")
+    """Near twice: with a limit of 5 minutes, the warning 300 s before it is due at once.
+
+    The limit is that short only while a step runs. Slurm warns once, and running steps alone.
+    """
+    job = stage.train(*TWO_NODES, "--time=30", "--signal=USR1@300")
     for restart in (1, 2):
-        stage.hold_until_warned(job, restart)
+        stage.hold_until_warned(job, restart, lambda: stage.limit(job, minutes=5))
+        stage.limit(job, minutes=30)
         stage.wait_for_restart(job, restart)
-    stage.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     stage.project.ended(job)
     assert stage.restarts(job) == 2
     said = stage.project.log(job)
@@ -126,11 +132,7 @@ def preempted(stage: Stage) -> None:
 def dead_node(stage: Stage) -> None:
     """Not that of the batch script, which sees its other ranks fail."""
     job = start_on_nodes_3_and_4(stage)
-    stage.cluster.fail("node4")
-    stage.project.ended(job)
-    assert stage.cluster.job(job)["NodeList"] == "node[2-3]"
-    stage.cluster.restore("node4")
-    assert stage.project.log(job).count("going on from") == 1
+    end_without_node_4(stage, job, starts=1)
 
 
 def dead_nodes(stage: Stage) -> None:
@@ -138,19 +140,23 @@ def dead_nodes(stage: Stage) -> None:
     job = start_on_nodes_3_and_4(stage)
     stage.cluster.fail("node3")
     stage.wait_for_restart(job, 1)
-    stage.wait_for_step(job, 45)
+    stage.wait_for_step(job, 27)
     assert stage.cluster.job(job)["NodeList"] == "node[2,4]"
     stage.cluster.restore("node3")
+    end_without_node_4(stage, job, starts=2)
+
+
+def end_without_node_4(stage: Stage, job: str, starts: int) -> None:
     stage.cluster.fail("node4")
     stage.project.ended(job)
     assert stage.cluster.job(job)["NodeList"] == "node[2-3]"
     stage.cluster.restore("node4")
-    assert stage.project.log(job).count("going on from") == 2
+    assert stage.project.log(job).count("going on from") == starts
 
 
 def start_on_nodes_3_and_4(stage: Stage) -> str:
     job = stage.train("--nodes=2", "--exclude=node1")
-    stage.wait_for_step(job, 25)
+    stage.wait_for_step(job, 14)
     assert stage.cluster.job(job)["NodeList"] == "node[3-4]"
     return job
 
@@ -208,7 +214,9 @@ def played(
 
 
 @pytest.mark.parametrize("scenario", TO_THE_END)
-def test_the_run_is_that_of_one_undisturbed_process(scenario: str, played, undisturbed: Path):
+def test_the_run_is_that_of_one_undisturbed_process(
+    scenario: str, played: dict[str, tuple[Stage, Future[None]]], undisturbed: Path
+) -> None:
     stage, future = played[scenario]
     future.result()
     assert_close(losses(stage.run), losses(undisturbed))
@@ -216,11 +224,13 @@ def test_the_run_is_that_of_one_undisturbed_process(scenario: str, played, undis
     assert ours is not None
     assert theirs is not None
     for key in ("step", "cursor", "images_seen", "quarantine"):
-        assert ours.state[key] == theirs.state[key]
+        assert getattr(ours.training, key) == getattr(theirs.training, key)
 
 
 @pytest.mark.parametrize("scenario", [cancelled.__name__])
-def test_scancel_ends_a_run_for_good(scenario: str, played, undisturbed: Path):
+def test_scancel_ends_a_run_for_good(
+    scenario: str, played: dict[str, tuple[Stage, Future[None]]], undisturbed: Path
+) -> None:
     stage, future = played[scenario]
     future.result()
     whole = losses(undisturbed)

@@ -1,11 +1,12 @@
-"""A progress bar on a terminal, one aligned line an interval anywhere else."""
+"""Numbers on standard output: a progress bar on a terminal, lines in a log file."""
 
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from trainer.evaluations import Values
+from trainer.callbacks.callback import Callback
+from trainer.runs.evaluations import Values
 
 SHOWN = {
     "train/loss": ("loss", "{:.4f}"),
@@ -16,11 +17,11 @@ SHOWN = {
     "time/data_wait_pct": ("wait %", "{:.1f}"),
 }
 SLOW = 1.25
-"""A forward pass of so many times the mean makes a rank worth a word."""
+"""Ratio of a rank's forward time to the mean from which the rank counts as slow."""
 
 
-class Console:
-    """Shows training on standard output."""
+class Console(Callback):
+    """Shows the numbers of a training on standard output."""
 
     def __init__(self, first_step: int, max_steps: int) -> None:
         self._max_steps = max_steps
@@ -31,7 +32,7 @@ class Console:
         )
 
     def metrics(self, step: int, values: Values) -> None:
-        """Training metrics go into the bar or on a line; evaluations always get a line."""
+        """Show training metrics in the bar or on a line, and evaluations on a line."""
         evaluation = {name: value for name, value in values.items() if name.startswith("eval/")}
         if evaluation:
             shown = [f"{n.removeprefix('eval/')} {_short(v)}" for n, v in evaluation.items()]
@@ -49,10 +50,13 @@ class Console:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str("  ".join(shown))
         elif shown:
+            if "time/step_s" in values:  # a bar shows the time left by itself
+                left_s = (self._max_steps - step) * float(values["time/step_s"])
+                shown.append(f"{tqdm.format_interval(left_s)} left")
             self._print(step, "  ".join(shown))
 
     def picture(self, step: int, path: Path) -> None:
-        """Say where it is."""
+        """Print the path of the picture."""
         self._print(step, str(path))
 
     def rewound(self, step: int) -> None:
@@ -61,7 +65,7 @@ class Console:
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """End the bar; it stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 

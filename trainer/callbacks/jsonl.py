@@ -1,48 +1,87 @@
-"""metrics.jsonl: one JSON object a line, complete whatever else fails."""
+"""metrics.jsonl: one JSON object a line, complete even if other callbacks fail."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-from trainer import evaluations
-from trainer.evaluations import Values, append_line, as_logged
+from typing_extensions import override
+
+from data.storage.atomic import append_lines
+from trainer.callbacks.callback import Callback, Start
+from trainer.runs.evaluations import Values, read_evaluations, to_log_line
+from trainer.runs.files import CLOSE_S, RunFiles, change_lines, parse_record
+from trainer.runs.paths import METRICS
 
 
-class JsonLines:
-    """Appends to metrics.jsonl; a resumed run drops the lines it is going to write again.
+def open_jsonl(start: Start) -> Callback:
+    """Make the callback."""
+    path = start.folder / METRICS
+    return JsonLines(path, start.step, start.files, evaluated=start.evaluated)
 
-    Lines of evaluations that were jobs of their own come back: nobody writes them again.
+
+class JsonLines(Callback):
+    """Appends to metrics.jsonl; a resumed run removes the lines of steps that it repeats.
+
+    It restores the lines of evaluations that ran as their own jobs: no job repeats these.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._path = path
-        self.rewound(first_step)
+    def __init__(
+        self, path: Path, first_step: int, files: RunFiles | None = None, *, evaluated: bool = True
+    ) -> None:
+        """files: the writer of the run folder; its own by default.
 
+        evaluated: whether the evaluation at `first_step` is not repeated.
+        """
+        self._name = path.name
+        self._files = files or RunFiles(path.parent)
+        self._cut(first_step, evaluated)
+
+    @override
     def metrics(self, step: int, values: Values) -> None:
         """Write one line."""
-        append_line(self._path, json.dumps({"step": step, **values}))
+        self._files.append(self._name, json.dumps({"step": step, **values}))
 
-    def picture(self, step: int, path: Path) -> None:
-        """Pictures stay where they are."""
-
+    @override
     def rewound(self, step: int) -> None:
-        """Drop the lines of later steps."""
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text().splitlines() if _step(line) <= step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept))
-        part.replace(self._path)
-        # after the rename: what an evaluation appends from here on is in the new file
-        for _, values in evaluations.found(self._path.parent):
-            if (line := json.dumps(as_logged(values))) not in kept:
-                append_line(self._path, line)
+        """Remove the lines of later steps."""
+        self._cut(step, True)
 
+    @override
     def close(self) -> None:
-        """Every line is there already."""
+        """Wait for the lines that are on their way to a disk that works."""
+        self._files.flush(CLOSE_S, past_failures=False)
+
+    def _cut(self, step: int, evaluated: bool) -> None:
+        def keeps(line: str) -> bool:
+            values = parse_record(line)
+            own = values.get("step")
+            if not isinstance(own, int | float) or own > step:
+                return False
+            return evaluated or own < step or not any(name.startswith("eval/") for name in values)
+
+        def mend(path: Path) -> None:
+            kept: list[str] = []
+
+            def change(lines: list[str]) -> list[str]:
+                kept.extend(_without_doubles(filter(keeps, lines)))
+                return kept
+
+            change_lines(path, change)
+            # after the rename: an evaluation that ends now appends to the new file
+            found = (json.dumps(to_log_line(own)) for _, own in read_evaluations(path.parent))
+            append_lines(path, [line for line in found if line not in kept])
+
+        self._files.rewrite(self._name, mend, keeps)
 
 
-def _step(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut by a kill in the middle of the line
-        return float("inf")
+def _without_doubles(lines: Iterable[str]) -> list[str]:
+    """Return the last of all lines that record the same numbers of the same step.
+
+    Texts, such as the hash of a protocol, tell records of the same numbers apart.
+    """
+    last: dict[tuple[object, ...], str] = {}
+    for line in lines:
+        values = parse_record(line)
+        texts = ((key, own if isinstance(own, str) else "") for key, own in values.items())
+        last[(values["step"], *sorted(texts))] = line
+    return list(last.values())

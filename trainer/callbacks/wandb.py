@@ -1,7 +1,7 @@
 """Weights & Biases: a mirror of metrics.jsonl in a process of its own.
 
-Whatever the network or the service does, a training waits for neither: it hands lines to a queue,
-and at the end gives the mirror CLOSE_TIMEOUT_S to finish.
+A training puts lines into a queue and never waits for the network or the service. At the end of the
+training the mirror has CLOSE_TIMEOUT_S to finish.
 """
 
 import json
@@ -11,52 +11,55 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer import evaluations
-from trainer.config import RunConfig, WandbConfig, WandbMode
-from trainer.evaluations import Values, as_logged
+from data.secrets import hidden, public, restore
+from trainer.callbacks.callback import Callback, Start
+from trainer.callbacks.wandb_settings import chosen_mode, environment, init_arguments
+from trainer.config import WandbConfig, WandbMode
+from trainer.runs.evaluations import Values, read_evaluations, to_log_line
+from trainer.runs.events import read_events
+from trainer.runs.outages import retry_delays
 
 CLOSE_TIMEOUT_S = 20.0
-"""Short enough for a job that is being preempted."""
+"""Longest wait at the end, in seconds; a preempted job has enough time for it."""
 MAX_LINES_WAITING = 10_000
+"""Size of the queue; further lines are dropped."""
+STARTS = 6
+"""How often the mirror is started in one training."""
 
 
-class Wandb:
-    """Online, offline or, with `auto`, online where there is a key; fails without harm."""
+def open_wandb(start: Start) -> Callback | None:
+    """Make the callback; None if logger.wandb.mode or W&B's own variables turn it off."""
+    options = start.config.logger.wandb
+    if chosen_mode(options, os.environ) is WandbMode.disabled:
+        return None
+    return Wandb(options, start)
 
-    def __init__(
-        self, config: WandbConfig, run: RunConfig, about: Mapping[str, Any], run_id: str
-    ) -> None:
-        self._folder = Path(run.dir)
-        mode = config.mode
-        if mode is WandbMode.auto:
-            mode = WandbMode.online if os.environ.get("WANDB_API_KEY") else WandbMode.offline
+
+class Wandb(Callback):
+    """Sends numbers and pictures to the mirror; its failures do not stop a training."""
+
+    def __init__(self, options: WandbConfig, start: Start) -> None:
+        self._folder, self._files = start.folder, start.files
+        self._sent: set[Path] = set()
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES_WAITING)
-        self._send(
-            {
-                "project": config.project,
-                "entity": config.entity or None,
-                "name": f"{run.experiment}/{run.name}",
-                "id": run_id,
-                "config": dict(about),
-                "dir": str(Path(run.dir).resolve()),
-                "mode": mode.value,
-            }
-        )
-        self._mirror = subprocess.Popen(
-            [sys.executable, "-m", "trainer.callbacks.wandb_mirror"],
-            stdin=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            start_new_session=True,  # Ctrl-C is for the training
-        )
+        arguments = init_arguments(options, start.config.run, start.wandb_id, os.environ)
+        Path(arguments["dir"]).mkdir(parents=True, exist_ok=True)
+        arguments |= {name: public(arguments[name]) for name in ("project", "entity", "name")}
+        for name in ("project", "entity"):  # the run's address: W&B needs what a variable holds
+            arguments[name] = arguments[name] and restore(arguments[name])
+        config = public({**start.public_config, "history": read_events(self._folder)})
+        self._head = {**arguments, "config": config, "hidden": hidden()}
+        self._closing = threading.Event()
+        self._mirror = self._start()
         self._feeder = threading.Thread(target=self._feed, name="wandb-feeder", daemon=True)
         self._feeder.start()
 
     def metrics(self, step: int, values: Values) -> None:
-        """Log with the run's own step, which neither W&B's offline runs nor a rewind would keep."""
+        """Log numbers, with `step` as a metric: W&B's own step cannot decrease after a rewind."""
         self._send_evaluations()
         self._send({"step": step, **values})
 
@@ -64,12 +67,10 @@ class Wandb:
         """Log the PNG under `samples`."""
         self._send({"step": step, "picture": str(path.resolve())})
 
-    def rewound(self, step: int) -> None:
-        """Steps that come again are logged again."""
-
     def close(self) -> None:
-        """Let the mirror finish what it has been given, within bounds."""
+        """Wait for the mirror to finish, at most CLOSE_TIMEOUT_S."""
         self._send_evaluations()
+        self._closing.set()
         self._send(None)
         try:
             self._mirror.wait(CLOSE_TIMEOUT_S)
@@ -81,36 +82,68 @@ class Wandb:
                 self._warn(f"ended with exit code {self._mirror.returncode}")
 
     def _send_evaluations(self) -> None:
-        """Those that were jobs of their own: W&B loses rows of a run that two processes write."""
-        for path, values in evaluations.found(self._folder):
+        """Send evaluations of other jobs: W&B loses rows if two processes write to one run."""
+        for path, values in read_evaluations(self._folder):
             sent = path.with_suffix(".sent")
-            if not sent.exists():
-                self._send(as_logged(values))
-                sent.touch()
+            if sent not in self._sent and not sent.exists():
+                self._send(to_log_line(values))
+                self._sent.add(sent)
+                self._files.replace(sent, b"")
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer.callbacks.wandb_mirror"],
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env=environment(os.environ, str(self._head["mode"])),
+            start_new_session=True,  # Ctrl-C is for the training
+        )
 
     def _send(self, message: Mapping[str, Any] | None) -> None:
-        line = None if message is None else json.dumps(message) + "\n"
+        line = None if message is None else _encoded(message)
         try:
             self._lines.put_nowait(line)
-        except queue.Full:  # the service is slow beyond measure; metrics.jsonl has the line
+        except queue.Full:  # the service is too slow; metrics.jsonl has this line, too
             if line is None:
                 self._mirror.kill()
 
     def _feed(self) -> None:
-        """Pass lines on; the pipe may be full, or its other end gone."""
+        """Move lines from the queue to the mirror; start it again if it ends too early."""
+        delay_s = retry_delays()
+        line: str | None = ""
+        for starts_left in reversed(range(STARTS)):
+            line = self._feed_mirror(line)
+            if line is None or not starts_left or self._closing.wait(delay_s()):
+                return  # `close` prints a warning if the mirror has failed
+            self._warn(f"ended with exit code {self._mirror.wait()} and starts again")
+            self._head["resume"] = "allow"
+            self._mirror = self._start()
+
+    def _feed_mirror(self, line: str | None) -> str | None:
+        """Move a line and those after it to the pipe; return the line at which the mirror ended."""
         pipe = self._mirror.stdin
         assert pipe is not None
         try:
-            while (line := self._lines.get()) is not None:
+            pipe.write(_encoded(self._head))
+            while line is not None:
                 pipe.write(line)
                 pipe.flush()
+                line = self._lines.get()
             pipe.close()
         except (OSError, ValueError):
-            pass  # the mirror is gone; close() says so
+            with suppress(OSError):  # what the pipe still holds
+                pipe.close()
+            return line
+        return None
 
-    def _warn(self, what: str) -> None:
+    def _warn(self, failure: str) -> None:
         print(
-            f"warning: W&B {what}; metrics.jsonl in the run folder is complete",
+            f"warning: W&B {failure}; metrics.jsonl in the run folder is complete",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _encoded(message: Mapping[str, Any]) -> str:
+    return json.dumps(message) + "\n"

@@ -1,7 +1,7 @@
-"""The process that talks to W&B: JSON lines on standard input, the first one says which run it is.
+"""The process that sends to W&B: it reads JSON lines from standard input until the input ends.
 
-It outlives every signal meant for the training, since the last lines come after those, and ends
-with its input.
+The first line has the arguments of wandb.init, and the values that no message may show. The process
+ignores signals to the training, because the last lines come after them.
 """
 
 import json
@@ -11,17 +11,28 @@ from typing import Any
 
 import wandb
 
+from data.secrets import hide
+from trainer.runtime.output import clean_output
+
 INIT_TIMEOUT_S = 60
 FINISH_TIMEOUT_S = 20
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> None:
-    """Mirror until the input ends."""
+    """Send all lines of standard input to W&B."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    run = _start(json.loads(sys.stdin.readline()))
-    # resumed and rewound runs, and evaluations of their own, log steps that W&B's own cannot go to
+    options = json.loads(sys.stdin.readline())
+    for instead, value in options.pop("hidden").items():
+        hide(value, instead)
+    with clean_output():
+        _mirror(options)
+
+
+def _mirror(options: dict[str, Any]) -> None:
+    run = _start(options)
+    # W&B's own step cannot decrease, but resumed runs, rewinds and evaluations log earlier steps
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     for line in sys.stdin:
@@ -31,27 +42,26 @@ def main() -> None:
     run.finish()
 
 
-def _start(about: dict[str, Any]) -> Any:
-    """Start or resume the run; offline where the service refuses or does not answer."""
+def _start(options: dict[str, Any]) -> Any:
+    """Start or resume the run; offline if the service refuses or does not answer."""
     try:
-        return _init(about)
-    except Exception as error:  # W&B has many ways to fail, and a local record is none of them
-        if about["mode"] == "offline":
+        return _init(options)
+    except Exception as error:  # W&B fails in many ways; an offline run has none of them
+        if options["mode"] == "offline":
             raise
         print(
             f"warning: W&B is offline from here on: {' '.join(str(error).split())}; "
-            f"send it later with wandb sync {about['dir']}/wandb/offline-run-*",
+            f"send it later with wandb sync {options['dir']}/wandb/offline-run-*",
             file=sys.stderr,
             flush=True,
         )
-        wandb.teardown()  # W&B's own service still holds the run that it could not start
-        return _init({**about, "mode": "offline"})
+        wandb.teardown()  # W&B's service process still holds the failed run
+        return _init({**options, "mode": "offline", "resume": "allow"})
 
 
-def _init(about: dict[str, Any]) -> Any:
+def _init(options: dict[str, Any]) -> Any:
     return wandb.init(
-        **about,
-        resume="allow",
+        **options,
         settings=wandb.Settings(
             silent=True,
             console="off",

@@ -1,1 +1,1 @@
-"""Metrics of images: streamed, and summable over ranks."""
+"""Metrics of images, computed from streamed batches on any number of ranks."""

@@ -1,4 +1,4 @@
-"""CLIP score: how well images match their prompts, beside how well they match other prompts."""
+"""CLIP score: similarity of images and their prompts, and of images and other prompts."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,16 @@ from torch.nn import functional as F
 
 
 class ClipScore:
-    """Cosine similarity of images and prompts (Hessel et al. 2021, equation 1, without its 2.5).
+    """Mean cosine similarity of CLIP's embeddings of images and of their prompts.
 
-    The shuffled score is the mean over all pairs of an image and another image's prompt: what
-    every derangement gives on average, whatever the order of the samples or the number of ranks.
-    A model that ignores its prompts scores no better than shuffled.
+    CLIP-S of Hessel et al. 2021 (section 3), without its factor w = 2.5 and its clipping at 0.
+    The shuffled score is the mean over all pairs of an image and the prompt of another image. It
+    is the expected score of a model that ignores its prompts. It does not depend on the order of
+    samples or on the number of ranks.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        """width: of CLIP's embeddings."""
+        """width: size D of CLIP's embeddings. device: of the sums."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -23,9 +24,10 @@ class ClipScore:
         self._image_sum, self._text_sum = zeros(width), zeros(width)
 
     def update(self, images: Tensor, texts: Tensor) -> None:
-        """Adds CLIP's embeddings of samples and of their prompts, of any length: both [B, width].
+        """Add CLIP's embeddings of a batch; they need no normalisation.
 
-        Raises ValueError where their numbers differ.
+        images, texts: [B, D], any float type; row i of both belongs to sample i.
+        Raises: ValueError if the numbers of rows differ.
         """
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images cannot match {len(texts)} prompts")
@@ -39,7 +41,7 @@ class ClipScore:
         self._text_sum += text.sum(0)
 
     def state(self) -> dict[str, Tensor]:
-        """The live float64 sums: all-reducing them in place with SUM merges ranks."""
+        """Return the float64 sums themselves, no copies: a sum over ranks in place merges ranks."""
         return {
             "count": self._count,
             "cosine": self._cosine,
@@ -49,9 +51,10 @@ class ClipScore:
         }
 
     def compute(self) -> dict[str, float]:
-        """clip_score, its standard error, and clip_score_shuffled: cosines in [-1, 1].
+        """Return clip_score, clip_score_stderr and clip_score_shuffled: cosines in [-1, 1].
 
-        Raises ValueError for fewer than two samples.
+        clip_score_stderr is the standard error of the mean over samples.
+        Raises: ValueError for fewer than two samples.
         """
         n = float(self._count)
         if n < 2:

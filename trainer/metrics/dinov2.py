@@ -1,25 +1,37 @@
-"""DINOv2: features of a network that never saw ImageNet's labels."""
+"""DINOv2: features of a network that was trained without labels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
-from trainer.config import Dinov2Size, Features
+from models.conditioning.clip import Clip
+from trainer.config import Dinov2Size, EvalConfig
+from trainer.config.choices import Features
 from trainer.metrics.features import BICUBIC, FeatureExtractor, bicubic, read_tensors
 
 SIDE, PATCH = 224, 14
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OFFSET = 0.1
-"""What the authors' code adds to the side of the patch grid when it resizes position embeddings."""
+"""Added by the authors' code to the side of the patch grid when it resizes position embeddings."""
+
+
+def build(config: EvalConfig, load_clip: Callable[[], Clip]) -> "Dinov2":
+    """Build the extractor of eval.dinov2_size and eval.dinov2_weights.
+
+    Raises: FileNotFoundError or ValueError that names eval.dinov2_weights.
+    """
+    return Dinov2(config.dinov2_size, config.dinov2_weights)
 
 
 class Dinov2(FeatureExtractor):
-    """The class token of DINOv2 (Oquab et al. 2023) at 224 px, as Stein et al. 2023 compare it.
+    """The class token of DINOv2 (Oquab et al. 2023) at 224 px, which Stein et al. 2023 propose.
 
-    384, 768, 1024 or 1536 features.
+    384, 768, 1024 or 1536 features for the sizes small, base, large and giant.
     """
 
     mean: Tensor
@@ -47,8 +59,8 @@ class Dinov2(FeatureExtractor):
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255)
 
+    @override
     def pooled(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] uint8; returns [B, num_features] float32."""
         return self.network((bicubic(images, SIDE) - self.mean) / self.std)
 
 
@@ -65,15 +77,15 @@ def _state(url: str, weights: str) -> dict[str, Tensor]:
 
 
 def resized_positions(positions: Tensor) -> Tensor:
-    """Position embeddings [1, 1 + n², D] of a grid of n x n patches → those of our 16 x 16.
+    """Resize position embeddings of n x n patches, [1, 1 + n², D], to 16 x 16: [1, 257, D].
 
-    Bicubic as in the authors' code, whose scale is not quite 16 / n.
+    Bicubic, with the scale of the authors' code: (16 + OFFSET) / n instead of 16 / n.
     """
     side = round((positions.shape[1] - 1) ** 0.5)
     wanted = SIDE // PATCH
     if side == wanted:
         return positions
-    grid = positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
     scale = (wanted + OFFSET) / side
     resized = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
     return torch.cat([positions[:, :1].float(), resized.flatten(2).mT], 1)

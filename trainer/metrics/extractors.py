@@ -1,21 +1,20 @@
-"""The registry of feature extractors."""
+"""Build feature extractors, and load the CLIP of evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from models.clip import Clip, load_clip
+from models.conditioning.clip import Clip, load_clip
 from models.config import ConditionerConfig
-from trainer.config import Config, EvalConfig, Features
-from trainer.metrics.clip_features import ClipFeatures
-from trainer.metrics.dinov2 import Dinov2
-from trainer.metrics.efficientnet import EfficientNetLite0
+from models.config.targets import resolve
+from trainer.config import Config
+from trainer.config.choices import Features
+from trainer.config.metrics import FEATURES
 from trainer.metrics.features import FeatureExtractor
-from trainer.metrics.inception import InceptionV3
 
 
 def load_eval_clip(config: Config) -> Clip:
-    """The CLIP of evaluation, eval.clip_model's, or else the conditioner's.
+    """Load eval.clip_model or, if it is empty, the CLIP of the conditioner.
 
-    Raises ValueError or FileNotFoundError naming the options of the one that cannot be loaded.
+    Raises: ValueError or FileNotFoundError that names the options of a CLIP that cannot be loaded.
     """
     own = config.eval
     if not own.clip_model:
@@ -23,25 +22,17 @@ def load_eval_clip(config: Config) -> Clip:
     chosen = ConditionerConfig(model=own.clip_model, pretrained=own.clip_pretrained)
     try:
         return load_clip(chosen)
-    except (ValueError, FileNotFoundError) as error:  # which name the conditioner's options
+    except (ValueError, FileNotFoundError) as error:  # it names the options of the conditioner
         raise type(error)(str(error).replace("conditioner.", "eval.clip_")) from error
 
 
-def build_feature_extractor(
-    name: Features, config: EvalConfig, clip: Callable[[], Clip] | None = None
-) -> FeatureExtractor:
-    """The extractor called name, on the CPU; clip gives the CLIP of open_clip features.
+def build_extractors(
+    config: Config, names: Iterable[Features], load_clip: Callable[[], Clip] | None = None
+) -> dict[Features, FeatureExtractor]:
+    """Build each named extractor once, in host memory.
 
-    Raises ValueError or FileNotFoundError where its package or its weights cannot be had.
+    load_clip: loads the CLIP of open_clip features; by default load_eval_clip.
+    Raises: ValueError or FileNotFoundError if a package or weights are missing.
     """
-    match name:
-        case Features.efficientnet_lite0:
-            return EfficientNetLite0()
-        case Features.inception:
-            return InceptionV3(config.inception_weights, config.inception_resize)
-        case Features.dinov2:
-            return Dinov2(config.dinov2_size, config.dinov2_weights)
-        case Features.open_clip:
-            if clip is None:
-                raise ValueError("eval.features: open_clip needs eval.clip_model here")
-            return ClipFeatures(clip())
+    load = load_clip or (lambda: load_eval_clip(config))
+    return {name: resolve(FEATURES[name].build)(config.eval, load) for name in dict.fromkeys(names)}

@@ -1,31 +1,34 @@
-"""What every image feature extractor does: uint8 images in, one vector an image out."""
+"""The base class of feature extractors: uint8 images in, one vector for each image out."""
 
 import hashlib
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from trainer.config import Features
+from trainer.config.choices import Features
+
+_safetensors: Any = safetensors.torch  # its types are incomplete
 
 
 class FeatureExtractor(nn.Module):
-    """Frozen network whose pooled activations describe an image.
+    """A frozen network; its pooled activations are the features of an image.
 
-    fingerprint is the SHA-256 of the weights as they were loaded, and resize says in words how
-    images come to the network's size: features of other weights or another resize cannot be
-    compared.
+    fingerprint: SHA-256 of the loaded weights. resize: the name of the resize to the input size
+    of the network. Features of other weights or of another resize cannot be compared.
     """
 
     def __init__(
         self, name: Features, num_features: int, network: nn.Module, *, resize: str
     ) -> None:
+        """num_features: D of the features [B, D]. network: a subclass runs it in `pooled`."""
         super().__init__()
         self.name = name
         self.num_features = num_features
@@ -34,11 +37,16 @@ class FeatureExtractor(nn.Module):
         _fold_batch_norms(network)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.parameters()).device
+
     def forward(self, images: Tensor) -> Tensor:
-        """Features of images.
+        """Extract the features of images.
 
         images: [B, 3, H, W] uint8, RGB; returns [B, num_features] float32.
-        Raises ValueError for any other shape or type.
+        Raises: ValueError for another shape or type.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
@@ -49,18 +57,18 @@ class FeatureExtractor(nn.Module):
             return self.pooled(images)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] uint8; returns [B, num_features] float32."""
+        """Resize images, run the network, pool: [B, 3, H, W] uint8 → [B, num_features] float32."""
         raise NotImplementedError
 
 
 BICUBIC = "antialiased bicubic to {size} px"
-"""What bicubic does, in words."""
+"""Description of `bicubic`, for protocols and references."""
 
 
 def bicubic(images: Tensor, size: int) -> Tensor:
-    """Images of any type and size → [B, 3, size, size] float32, still in [0, 255].
+    """Resize images in [0, 255] with antialiasing: [B, 3, H, W] → [B, 3, size, size] float32.
 
-    Antialiased, and clamped: bicubic overshoots at edges, networks were trained on pixels in range.
+    Values are clamped to [0, 255], because bicubic interpolation overshoots at edges.
     """
     pixels = images.float()
     if images.shape[-2:] != (size, size):
@@ -69,15 +77,15 @@ def bicubic(images: Tensor, size: int) -> Tensor:
 
 
 def read_tensors(path: Path, option: str) -> dict[str, Tensor]:
-    """Weights from a safetensors file, or from one of torch.save that holds nothing but tensors.
+    """Read weights from a safetensors file, or from a file of torch.save that has tensors only.
 
-    Raises FileNotFoundError or ValueError, naming the option and the file.
+    Raises: FileNotFoundError or ValueError that names the option and the file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{option}: there is no file {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _safetensors.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
@@ -94,7 +102,7 @@ def _fingerprint(network: nn.Module) -> str:
 
 
 def _fold_batch_norms(network: nn.Module) -> None:
-    """Folds each BatchNorm into the convolution registered just before it."""
+    """Fold each BatchNorm into the convolution before it, in the order of registration."""
     network.eval()
     for parent in list(network.modules()):
         children = list(parent.named_children())

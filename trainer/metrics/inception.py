@@ -1,23 +1,35 @@
-"""Inception: the network of FID, KID and the inception score."""
+"""InceptionV3: the network of FID, KID and the inception score."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from trainer.config import Features, InceptionResize
+from models.conditioning.clip import Clip
+from trainer.config import EvalConfig, InceptionResize
+from trainer.config.choices import Features
 from trainer.metrics.features import BICUBIC, FeatureExtractor, bicubic, read_tensors
 
 INPUT_SIZE = 299
 TENSORFLOW = "TensorFlow 1's bilinear to {size} px"
 
 
-class InceptionV3(FeatureExtractor):
-    """torch-fidelity's InceptionV3 with TensorFlow's weights of 2015: the network of FID.
+def build(config: EvalConfig, load_clip: Callable[[], Clip]) -> "InceptionV3":
+    """Build the extractor of eval.inception_weights and eval.inception_resize.
 
-    2048 features, averaged over the 8x8 grid (Heusel et al. 2017).
+    Raises: FileNotFoundError or ValueError that names eval.inception_weights.
+    """
+    return InceptionV3(config.inception_weights, config.inception_resize)
+
+
+class InceptionV3(FeatureExtractor):
+    """torch-fidelity's InceptionV3 with TensorFlow's weights of 2015, the network of FID.
+
+    2048 features: the last pooling layer, averaged over the 8x8 grid (Heusel et al. 2017).
     """
 
     def __init__(
@@ -25,7 +37,7 @@ class InceptionV3(FeatureExtractor):
     ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # The package unpickles whatever its path holds: it is given a copy that holds tensors only.
+        # The package unpickles the file of weights: give it a copy that has tensors only.
         tensors_only = io.BytesIO()
         torch.save(_inception_state(weights), tensors_only)
         tensors_only.seek(0)
@@ -43,12 +55,12 @@ class InceptionV3(FeatureExtractor):
         super().__init__(Features.inception, 2048, network, resize=words)
         self._is_clean = is_clean
         self._classes = network.fc.weight
-        # The package's forward is its layers in a row, after a resize that copies images ten times.
+        # The package's forward pass is a slow resize, then these layers one after another.
         *layers, _ = network.children()
         self._layers = nn.Sequential(*layers)
 
+    @override
     def pooled(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] uint8; returns [B, 2048] float32."""
         if self._is_clean:
             pixels = bicubic(images, INPUT_SIZE)
         else:
@@ -57,15 +69,16 @@ class InceptionV3(FeatureExtractor):
         return self._layers(pixels).flatten(1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Features [N, 2048] → class logits [N, 1008] without the bias, as the score takes them."""
+        """Compute class logits without the bias, for the inception score: [N, 2048] → [N, 1008]."""
         return features.to(self._classes) @ self._classes.T
 
 
 def tensorflow_bilinear(pixels: Tensor, size: int) -> Tensor:
-    """TensorFlow 1's resize: output i samples at i · in / out, without half pixels or antialiasing.
+    """Resize like TensorFlow 1, bilinear: [B, 3, H, W] float32 → [B, 3, size, size].
 
-    [B, 3, H, W] float32 → [B, 3, size, size]. With the last row and column repeated once, that
-    is torch's resize by aligned corners from H + 1 to size + 1 pixels, without its last ones.
+    Output pixel i samples the input at i · in / out, without half-pixel centres or antialiasing.
+    This equals torch's resize with aligned corners, from H + 1 to size + 1 pixels, if the last row
+    and column are repeated before it and removed after it.
     """
     if pixels.shape[-2:] == (size, size):
         return pixels

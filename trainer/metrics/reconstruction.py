@@ -1,4 +1,4 @@
-"""How faithful a first stage's reconstructions are: pixels, structure, and features."""
+"""Metrics of a first stage's reconstructions: PSNR, SSIM, a perceptual distance, rFID."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.config import Features
-from trainer.images import to_uint8
+from trainer.config.choices import Features
 from trainer.metrics.features import FeatureExtractor
-from trainer.metrics.frechet import GaussianMoments, frechet_distance
+from trainer.metrics.frechet import frechet_distance
+from trainer.metrics.moments import GaussianMoments
+from trainer.pictures.png import to_uint8
 
 PEAK = 2.0
-"""Range of pixels in [-1, 1]."""
+"""Peak-to-peak range of pixels in [-1, 1]."""
 
 EIGHT_BIT_MSE = (PEAK / 255) ** 2 / 12
-"""Mean squared error of rounding to 8 bits: nothing an image file can show is below it."""
+"""Mean squared error of rounding to 8 bits; errors below it are invisible in an image file."""
 
 WINDOW, WINDOW_STD = 11, 1.5
 STABILISERS = (0.01, 0.03)
@@ -23,10 +24,10 @@ STABILISERS = (0.01, 0.03)
 
 
 def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image: 10 log10(peak² / MSE), in dB.
+    """Compute the peak signal-to-noise ratio of each image: 10 log10(peak² / MSE), in dB.
 
     images, reconstructions: [B, C, H, W] in [-1, 1], clamped to it; returns [B] float64.
-    At most 58.9 dB, where only the rounding to 8 bits is left: a perfect copy is finite.
+    At most 58.9 dB, the ratio of rounding to 8 bits; therefore a perfect copy has a finite value.
     """
     error = reconstructions.double().clamp(-1, 1) - images.double().clamp(-1, 1)
     mse = error.square().flatten(1).mean(1).clamp(min=EIGHT_BIT_MSE)
@@ -34,11 +35,11 @@ def psnr_db(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each image, at most 1 (Wang et al. 2004, equation 13).
+    """Compute the structural similarity of each image (Wang et al. 2004, equation 13).
 
-    images, reconstructions: [B, C, H, W] in [-1, 1], clamped to it; returns [B] float64. The mean
-    over channels and over all places of the Gaussian window inside the image.
-    Raises ValueError for images smaller than the window.
+    images, reconstructions: [B, C, H, W] in [-1, 1], clamped to it; returns [B] float64, at most 1:
+    the mean over channels and over all positions of the Gaussian window inside the image.
+    Raises: ValueError for images smaller than the window.
     """
     channels, height, width = images.shape[1:]
     if min(height, width) < WINDOW:
@@ -63,7 +64,7 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 class ReconstructionMetrics:
-    """Means over images, and Fréchet distances from the originals, streamed."""
+    """Means of the metrics over streamed images, and Fréchet distances from the originals."""
 
     def __init__(
         self,
@@ -71,7 +72,10 @@ class ReconstructionMetrics:
         perceptual: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """perceptual: a distance of images and others [B, 3, H, W], giving [B], and its name."""
+        """perceptual: name and function of a distance; it maps two [B, 3, H, W] to [B].
+
+        extractors: for Fréchet distances, one each. device: of the sums.
+        """
         self._extractors = list(extractors)
         self._perceptual = perceptual
         names = ["psnr_db", "ssim"] + ([] if perceptual is None else [perceptual[0]])
@@ -84,7 +88,10 @@ class ReconstructionMetrics:
         ]
 
     def update(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Adds images; both [B, 3, H, W], about [-1, 1]."""
+        """Add images; both [B, 3, H, W], clamped to [-1, 1].
+
+        Raises: ValueError for images smaller than SSIM's window.
+        """
         images, reconstructions = images.float().clamp(-1, 1), reconstructions.float().clamp(-1, 1)
         values = {
             "psnr_db": psnr_db(images, reconstructions),
@@ -101,7 +108,7 @@ class ReconstructionMetrics:
                 total.update(extractor(to_uint8(pixels).to(images.device)))
 
     def state(self) -> dict[str, Tensor]:
-        """The live float64 sums: all-reducing them in place with SUM merges ranks."""
+        """Return the float64 sums themselves, no copies: a sum over ranks in place merges ranks."""
         state = dict(self._sums)
         for number, moments in enumerate(self._moments):
             for side, total in zip(("images", "reconstructions"), moments, strict=True):
@@ -109,7 +116,10 @@ class ReconstructionMetrics:
         return state
 
     def compute(self) -> dict[str, float]:
-        """Metrics by name. Raises ValueError where no image was seen."""
+        """Return the metrics by name.
+
+        Raises: ValueError without images; for Fréchet distances, with fewer than two.
+        """
         count = float(self._sums["count"])
         if not count:
             raise ValueError("reconstructions are measured on images, and there is none")
@@ -119,7 +129,7 @@ class ReconstructionMetrics:
         for extractor, (images, reconstructions) in zip(
             self._extractors, self._moments, strict=True
         ):
-            # as in FID, only Inception's features give an rFID
+            # the name FID is for Inception's features alone
             inception = extractor.name is Features.inception
             name = "rfid" if inception else f"rfd_{extractor.name}"
             values[name] = frechet_distance(reconstructions, images)

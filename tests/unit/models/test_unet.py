@@ -1,26 +1,26 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from torch import Tensor
 
-from models.attention import AttentionShape
-from models.blocks import SpatialAttention
 from models.config import UNetConfig
+from models.layers.attention import AttentionShape
+from models.layers.blocks import SpatialAttention, use_attention
 from models.unet import TimeEmbedding, UNet2DCondition, attention_shapes
-from tests.unit.models.oracles import (
+from tests.support.oracles import (
     assert_same_outputs_and_gradients,
-    diffusers,
+    diffusers_condition,
+    diffusers_unconditional,
     load_both_ways,
 )
+from tests.support.unet_files import described_unet
 
 TIMESTEPS = torch.tensor([3, 977])
-SHIPPED = Path(__file__).parents[3] / "conf" / "unet"
 
 
-def small(**options) -> UNetConfig:
-    defaults = {
+def small(**options: Any) -> UNetConfig:
+    defaults: dict[str, Any] = {
         "block_out_channels": [16, 32, 48],
         "attention": [True, True, False],
         "heads": [2, 4, 6],
@@ -28,49 +28,6 @@ def small(**options) -> UNetConfig:
         "norm_groups": 8,
     }
     return UNetConfig(**(defaults | options))
-
-
-def diffusers_condition(config: UNetConfig) -> Any:
-    names = ["CrossAttn" if attends else "" for attends in config.attention]
-    return diffusers.UNet2DConditionModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=config.block_out_channels,
-        down_block_types=[f"{name}DownBlock2D" for name in names],
-        up_block_types=[f"{name}UpBlock2D" for name in reversed(names)],
-        layers_per_block=config.layers_per_block,
-        attention_head_dim=config.heads,
-        transformer_layers_per_block=config.transformer_depth,
-        cross_attention_dim=config.context_dim,
-        use_linear_projection=config.linear_projection,
-        norm_num_groups=config.norm_groups,
-        resnet_time_scale_shift="scale_shift" if config.scale_shift_norm else "default",
-    )
-
-
-def diffusers_unconditional(config: UNetConfig, head_dim: int) -> Any:
-    """Without cross-attention; a class is added to the time."""
-    resample = "resnet" if config.resblock_updown else "conv"
-    down, up = "DownBlock2D", "UpBlock2D"
-    if config.resblock_updown:
-        down, up = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
-    return diffusers.UNet2DModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=config.block_out_channels,
-        down_block_types=["AttnDownBlock2D" if attends else down for attends in config.attention],
-        up_block_types=["AttnUpBlock2D" if attends else up for attends in config.attention[::-1]],
-        downsample_type=resample,
-        upsample_type=resample,
-        layers_per_block=config.layers_per_block,
-        attention_head_dim=head_dim,
-        flip_sin_to_cos=True,
-        freq_shift=0,
-        norm_num_groups=config.norm_groups,
-        resnet_time_scale_shift="scale_shift" if config.scale_shift_norm else "default",
-        attn_norm_num_groups=config.norm_groups,
-        class_embed_type="identity" if config.add_context else None,
-    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +51,7 @@ def diffusers_unconditional(config: UNetConfig, head_dim: int) -> Any:
         ),
     ],
 )
-def test_conditional_unet_is_diffusers(options):
+def test_conditional_unet_is_diffusers(options: dict[str, Any]) -> None:
     config = small(**options)
     ours, theirs = UNet2DCondition(config), diffusers_condition(config)
     load_both_ways(ours, theirs)
@@ -114,7 +71,7 @@ def test_conditional_unet_is_diffusers(options):
 MASK = torch.tensor([[True, True, True, True, False], [True, False, False, False, False]])
 
 
-def test_a_masked_context_is_diffusers():
+def test_a_masked_context_is_diffusers() -> None:
     config = small()
     ours, theirs = UNet2DCondition(config), diffusers_condition(config)
     load_both_ways(ours, theirs)
@@ -131,7 +88,7 @@ def test_a_masked_context_is_diffusers():
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_padding_under_the_mask_changes_nothing(gradient_checkpointing):
+def test_padding_under_the_mask_changes_nothing(gradient_checkpointing: bool) -> None:
     torch.manual_seed(0)
     unet = UNet2DCondition(small(gradient_checkpointing=gradient_checkpointing))
     for parameter in unet.parameters():
@@ -164,12 +121,10 @@ def test_padding_under_the_mask_changes_nothing(gradient_checkpointing):
         ),
     ],
 )
-def test_unconditional_unet_is_diffusers(options):
+def test_unconditional_unet_is_diffusers(options: dict[str, Any]) -> None:
     defaults = {"attention": [False, True, True], "context_dim": 0, "in_channels": 3}
     config = small(**(defaults | {"out_channels": 3} | options))
-    ours, theirs = UNet2DCondition(config), diffusers_unconditional(config, head_dim=8)
-    load_both_ways(ours, theirs)
-    torch.manual_seed(0)
+    ours, theirs = pair_without_tokens(config)
     assert_same_outputs_and_gradients(
         ours,
         theirs,
@@ -180,11 +135,17 @@ def test_unconditional_unet_is_diffusers(options):
     )
 
 
-def test_a_class_added_to_the_time_is_diffusers():
-    config = small(attention=[False, True, True], add_context=True, context_dim=64)
+def pair_without_tokens(config: UNetConfig) -> tuple[UNet2DCondition, torch.nn.Module]:
+    """Our U-Net and diffusers', with the same weights; then the seed for what they are fed."""
     ours, theirs = UNet2DCondition(config), diffusers_unconditional(config, head_dim=8)
     load_both_ways(ours, theirs)
     torch.manual_seed(0)
+    return ours, theirs
+
+
+def test_a_class_added_to_the_time_is_diffusers() -> None:
+    config = small(attention=[False, True, True], add_context=True, context_dim=64)
+    ours, theirs = pair_without_tokens(config)
     assert_same_outputs_and_gradients(
         ours,
         theirs,
@@ -199,7 +160,7 @@ def test_a_class_added_to_the_time_is_diffusers():
 @pytest.mark.parametrize(
     "variant", ["gradient_checkpointing", "channels_last", "both"], ids=lambda name: name
 )
-def test_variants_compute_the_same(variant):
+def test_variants_compute_the_same(variant: str) -> None:
     plain = UNet2DCondition(small())
     other = UNet2DCondition(small(gradient_checkpointing=variant != "channels_last"))
     load_both_ways(other, plain)
@@ -219,13 +180,13 @@ def test_variants_compute_the_same(variant):
     )
 
 
-def test_gradient_checkpointing_stores_less():
+def test_gradient_checkpointing_stores_less() -> None:
     stored = {}
     for checkpointing in (False, True):
         unet = UNet2DCondition(small(gradient_checkpointing=checkpointing))
         sizes = stored.setdefault(checkpointing, {})
 
-        def pack(tensor, sizes=sizes):
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
@@ -235,38 +196,35 @@ def test_gradient_checkpointing_stores_less():
     assert sum(stored[True].values()) < 0.5 * sum(stored[False].values())
 
 
-def shipped(name: str) -> UNetConfig:
-    return UNetConfig(**yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()))
+PUBLISHED = {
+    "sd1": (859_520_964, 686),
+    "sd2": (865_910_724, 686),
+    "text_1b": (872_300_484, 686),
+    "ldm4_class": (400_920_579, 688),
+    "ldm8_class": (394_984_196, 626),
+    "ldm4_unconditional": (274_056_163, 368),
+    "ldm8_churches": (294_966_916, 520),
+    "layout": (246_277_379, 1_328),
+    "semantic": (215_229_315, 216),
+    "inpainting": (387_245_827, 416),
+    "superresolution": (113_622_563, 306),
+}
+"""Parameters and tensors."""
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "tensors"),
-    [
-        ("sd1", 859_520_964, 686),
-        ("sd2", 865_910_724, 686),
-        ("text_1b", 872_300_484, 686),
-        ("ldm4_class", 400_920_579, 688),
-        ("ldm8_class", 394_984_196, 626),
-        ("ldm4_unconditional", 274_056_163, 368),
-        ("ldm8_churches", 294_966_916, 520),
-        ("layout", 246_277_379, 1_328),
-        ("semantic", 215_229_315, 216),
-        ("inpainting", 387_245_827, 416),
-        ("superresolution", 113_622_563, 306),
-    ],
-)
-def test_shipped_unets_have_the_published_counts(name, parameters, tensors):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_unets_of_the_paper_have_the_published_counts(name: str) -> None:
     with torch.device("meta"):
-        unet = UNet2DCondition(shipped(name))
-    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+        unet = UNet2DCondition(described_unet(name))
     # The originals keep q, k and v of plain attention in one weight and one bias.
     apart = sum(4 for layer in unet.modules() if isinstance(layer, SpatialAttention))
-    assert len(list(unet.parameters())) - apart == tensors
+    parameters = list(unet.parameters())
+    assert (sum(map(torch.Tensor.numel, parameters)), len(parameters) - apart) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "layout"])
-def test_shipped_conditional_unets_have_diffusers_names_and_shapes(name):
-    config = shipped(name)
+def test_shipped_conditional_unets_have_diffusers_names_and_shapes(name: str) -> None:
+    config = described_unet(name)
     with torch.device("meta"):
         ours, theirs = UNet2DCondition(config), diffusers_condition(config)
     shapes = [
@@ -276,30 +234,31 @@ def test_shipped_conditional_unets_have_diffusers_names_and_shapes(name):
     assert shapes[0] == shapes[1]
 
 
-def test_attention_shapes_are_those_that_the_unet_computes(monkeypatch):
+def test_attention_shapes_are_those_that_the_unet_computes() -> None:
     seen = set()
 
-    def spy(q, k, v, mask):
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         seen.add(AttentionShape._make((*q.shape[:2], k.shape[1], *q.shape[2:], mask is not None)))
         return q
 
-    monkeypatch.setattr("models.blocks.attention", spy)
     for options in ({}, {"context_dim": 0}, {"add_context": True, "context_dim": 64}):
         config = small(attention=[True, False, False], heads=[4, 4, 6], **options)
         context = torch.randn(2, 1, config.context_dim) if config.context_dim else None
         for mask in (None, torch.ones(2, 1, dtype=torch.bool)) if context is not None else (None,):
             seen.clear()
-            UNet2DCondition(config)(torch.randn(2, 4, 8, 8), TIMESTEPS, context, mask)
+            unet = UNet2DCondition(config)
+            use_attention(unet, spy)
+            unet(torch.randn(2, 4, 8, 8), TIMESTEPS, context, mask)
             masked = mask is not None
             assert attention_shapes(config, 2, 8, 1, masked=masked) == sorted(seen)
 
 
-def test_an_untrained_unet_predicts_zero():
+def test_an_untrained_unet_predicts_zero() -> None:
     output = UNet2DCondition(small())(torch.randn(2, 4, 8, 8), TIMESTEPS, torch.randn(2, 5, 24))
     assert output.abs().max() == 0.0
 
 
-def test_bf16_does_not_blur_the_timesteps():
+def test_bf16_does_not_blur_the_timesteps() -> None:
     timesteps = torch.arange(900, 1000)
     embed = TimeEmbedding(64, 64).bfloat16()
     narrow = embed(timesteps)
@@ -311,7 +270,7 @@ def test_bf16_does_not_blur_the_timesteps():
     ("options", "shape", "context", "message"),
     [
         ({}, (6, 8), torch.zeros(2, 5, 24), "multiple of 4"),
-        ({}, (8, 8), None, "unet.context_dim = 24, but the conditioner gives no context"),
+        ({}, (8, 8), None, "unet.context_dim = 24, but the conditioner gives no tokens"),
         ({"context_dim": 0}, (8, 8), torch.zeros(2, 5, 24), "unet.context_dim = 0"),
         (
             {"context_dim": 64, "add_context": True},
@@ -321,7 +280,9 @@ def test_bf16_does_not_blur_the_timesteps():
         ),
     ],
 )
-def test_wrong_inputs_are_named(options, shape, context, message):
+def test_wrong_inputs_are_named(
+    options: dict[str, Any], shape: tuple[int, ...], context: Tensor | None, message: str
+) -> None:
     unet = UNet2DCondition(small(**options))
     with pytest.raises(ValueError, match=message):
         unet(torch.zeros(2, 4, *shape), TIMESTEPS, context)
@@ -337,10 +298,15 @@ def test_wrong_inputs_are_named(options, shape, context, message):
         ({"add_context": True}, "set unet.context_dim = conditioner.width = 64, not 24"),
     ],
 )
-def test_wrong_options_are_named(options, message):
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNet2DCondition(small(**options))
 
 
-def test_heads_of_a_level_without_attention_do_not_matter():
-    UNet2DCondition(small(attention=[False, True, False], heads=[5, 4, 6]))
+def test_heads_of_a_level_without_attention_change_nothing() -> None:
+    options = {"attention": [False, True, False]}
+    odd = UNet2DCondition(small(**options, heads=[5, 4, 4])).state_dict()
+    even = UNet2DCondition(small(**options, heads=[4, 4, 4])).state_dict()
+    assert {name: value.shape for name, value in odd.items()} == {
+        name: value.shape for name, value in even.items()
+    }

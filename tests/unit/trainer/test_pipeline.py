@@ -7,15 +7,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.autoencoder import AutoencoderKL
-from models.conditioners import build_conditioner
+from models.conditioning.conditioners import build_conditioner
+from models.first_stage.autoencoder import AutoencoderKL
+from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.unet import UNet2DCondition
-from tests.conftest import NETWORKS
+from tests.support.workshop import NETWORKS
 from trainer.cli import load_config
 from trainer.config import Config
-from trainer.images import to_uint8
-from trainer.pipeline import LatentDiffusion, LatentScale, Pipeline
-from trainer.sampling import draw, read_image
+from trainer.pictures.png import to_uint8
+from trainer.pipeline import Pipeline
+from trainer.sample.job import draw, read_image
 
 CLASSES = [
     "conditioner.kind=class_label",
@@ -44,6 +45,21 @@ def pipeline_of(*overrides: str) -> tuple[Pipeline, AutoencoderKL]:
     return Pipeline(config, module, conditioner, autoencoder, scale, device), autoencoder
 
 
+def test_a_pipeline_moves_no_network_that_it_is_given() -> None:
+    config, scale = config_of(), LatentScale(mean=[0.0] * 4, std=[1.0] * 4)
+    module = LatentDiffusion(UNet2DCondition(config.unet), None)
+    conditioner = build_conditioner(config.conditioner)
+    autoencoder = AutoencoderKL(config.autoencoder)
+
+    def state() -> list[tuple[bool, torch.device]]:
+        networks = (module, conditioner, autoencoder)
+        return [(network.training, next(network.parameters()).device) for network in networks]
+
+    before = state()
+    Pipeline(config, module, conditioner, autoencoder, scale, torch.device("meta"))
+    assert state() == before
+
+
 def distance(one: Tensor, other: Tensor) -> float:
     return (one.float() - other.float()).abs().mean().item()
 
@@ -52,7 +68,7 @@ def distance(one: Tensor, other: Tensor) -> float:
     "sampler", ["ddim", "plms", "euler", "euler_ancestral", "heun", "dpmpp_2m", "unipc"]
 )
 @pytest.mark.parametrize("diffusion", ["stable_diffusion", "edm", "flow"])
-def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler, diffusion):
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler: str, diffusion: str) -> None:
     pipeline, _ = pipeline_of(
         f"sampler={sampler}", f"diffusion={diffusion}", "diffusion.zero_terminal_snr=false"
     )
@@ -64,7 +80,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler, diffusion):
     assert distance(images[1:2], pipeline.draw(["1"], [5], seed=2)) > 1.0
 
 
-def test_little_strength_keeps_the_picture():
+def test_little_strength_keeps_the_picture() -> None:
     pipeline, autoencoder = pipeline_of(
         "sampler.steps=100", "diffusion=flow", "diffusion.zero_terminal_snr=false"
     )
@@ -78,7 +94,7 @@ def test_little_strength_keeps_the_picture():
     assert distances[0] < 0.2 * distances[2]
 
 
-def test_a_negative_prompt_takes_the_place_of_no_condition():
+def test_a_negative_prompt_takes_the_place_of_no_condition() -> None:
     pipeline, _ = pipeline_of()
     with torch.no_grad():
         embedding = pipeline._conditioner.get_parameter("embedding.weight")
@@ -88,7 +104,7 @@ def test_a_negative_prompt_takes_the_place_of_no_condition():
     assert not torch.equal(plain, pipeline.draw(["1"], [0], 0, negative_prompt="2"))
 
 
-def test_a_picture_is_read_as_training_reads_it(tmp_path: Path):
+def test_a_picture_is_read_as_training_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "tall.png"
     Image.new("RGB", (32, 48), (255, 0, 51)).save(path)
     picture = read_image(str(path), 32)
@@ -104,7 +120,7 @@ def test_a_picture_is_read_as_training_reads_it(tmp_path: Path):
         (b"GIF89a", r"sample\.init_image: .*none\.png: image cannot be decoded"),
     ],
 )
-def test_what_is_no_picture_is_named(content: bytes | None, message: str, tmp_path: Path):
+def test_what_is_no_picture_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "none.png"
     if content is not None:
         path.write_bytes(content)

@@ -1,0 +1,1 @@
+"""Write and read shards: tar files with an index and a manifest."""

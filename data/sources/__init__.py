@@ -1,0 +1,1 @@
+"""Read raw images and captions."""

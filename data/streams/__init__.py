@@ -1,0 +1,1 @@
+"""Make batches of images and of latents."""

@@ -1,0 +1,82 @@
+"""Open the data sets of a config for streams."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from data.config import DataConfig
+from data.order.lanes import LanePlan
+from data.order.mixture import MixturePlan, join_latents, share_lanes
+from data.order.plan import Plan
+from data.shards.manifest import Kind, Manifest, ManifestError
+from data.shards.reader import ShardReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenDataSet:
+    """A data set with its manifest and reader; a mixture of several reads as one."""
+
+    option: str
+    """Config path that names the data set, for errors."""
+    command: str
+    """Command that makes the data set, for errors."""
+    manifest: Manifest
+    reader: ShardReader
+    identity: str
+    """Hash of the samples and their numbers."""
+    make_plan: Callable[..., Plan]
+    """(seed, lanes, block, global_batch) → the order of the samples in training."""
+
+
+def open_data_set(
+    folder: str, kind: Kind, config: DataConfig, *, option: str, command: str
+) -> OpenDataSet:
+    """Open the data set in a folder.
+
+    folder: path or URL. option: config path that names the folder, for errors. command: command
+    that makes the data set, for errors.
+    Raises: ManifestError where the data set is missing, damaged or of another kind.
+    """
+    manifest = _load(folder, kind, option, command)
+    return OpenDataSet(
+        option=option,
+        command=command,
+        manifest=manifest,
+        reader=ShardReader(folder, manifest, config.cache, source=config.source.path),
+        identity=manifest.hash,
+        make_plan=partial(LanePlan, manifest.shard_sizes),
+    )
+
+
+def open_mixture(config: DataConfig, *, command: str) -> OpenDataSet:
+    """Open the sets of latents in data.mixture as one data set.
+
+    command: command that makes the sets, for errors.
+    Raises: ManifestError where a set is missing, damaged or of another layout than the others;
+    ValueError where the weights do not give each set a lane.
+    """
+    folders = [item.latents for item in config.mixture]
+    weights = [item.weight for item in config.mixture]
+    manifests = [
+        _load(folder, Kind.latents, f"data.mixture[{number}].latents", command)
+        for number, folder in enumerate(folders)
+    ]
+    folder, manifest = join_latents(folders, manifests, weights)
+    text = json.dumps([manifest.hash, share_lanes(weights, config.lanes).tolist()])
+    return OpenDataSet(
+        option="data.mixture",
+        command=command,
+        manifest=manifest,
+        reader=ShardReader(folder, manifest, config.cache),
+        identity=hashlib.sha256(text.encode()).hexdigest(),
+        make_plan=partial(MixturePlan, [one.shard_sizes for one in manifests], weights),
+    )
+
+
+def _load(folder: str, kind: Kind, option: str, command: str) -> Manifest:
+    manifest = Manifest.load(folder, option=option, command=command)
+    if manifest.kind is not kind:
+        raise ManifestError(f"{option}: {folder} holds {manifest.kind}, not {kind}")
+    return manifest

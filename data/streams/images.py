@@ -1,0 +1,67 @@
+"""Make batches of images, decoded in training."""
+
+from collections.abc import Generator, Iterator
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from typing_extensions import override
+
+from data import read_ahead
+from data.config import DataConfig
+from data.order.batches import Share
+from data.shards.codecs import BadSampleError
+from data.shards.manifest import Kind
+from data.shards.stored import StoredBatch, decode_square
+from data.streams.data_set import open_data_set
+from data.streams.stream import NOTHING_DRAWN, Randomness, Request, Result, Rows, Stream, Visits
+
+
+class ImageStream(Stream):
+    """Images, decoded in training by data.workers processes; each process makes whole batches."""
+
+    @classmethod
+    def open(
+        cls,
+        config: DataConfig,
+        split: Literal["train", "val"],
+        share: Share,
+        randomness: Randomness = NOTHING_DRAWN,
+        *,
+        command: str = "",
+    ) -> Self:
+        """Open data.train or data.val.
+
+        command: command that makes the data sets, for errors.
+        Raises: ManifestError where the data set is missing, damaged or of another kind.
+        """
+        folder, option = (config.train if split == "train" else config.val), f"data.{split}"
+        data_set = open_data_set(folder, Kind.images, config, option=option, command=command)
+        return cls(data_set, config, share, randomness)
+
+    @override
+    def _read_ahead(self, requests: Iterator[Request]) -> Generator[Result, None, None]:
+        workers = self.config.workers
+        if workers == 0:
+            return super()._read_ahead(requests)
+        depth = self.config.prefetch
+        return read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
+
+    @override
+    def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
+        side = self.config.image_size
+        images = np.empty((len(samples), side, side, 3), np.uint8)
+        captions = [""] * len(samples)
+        rows = Rows(keys=samples.keys(), captions=captions, arrays={"images": images}, bad={})
+        for row, stored in enumerate(samples):
+            try:
+                pixels = decode_square(stored, side, self.config.pixels)
+                images[row] = pixels[:, ::-1] if visits.flip[row] else pixels
+                captions[row] = self._choose_caption(stored, visits.draw[row])
+            except BadSampleError as error:
+                rows.reject(row, stored, error)
+        return rows
+
+    @override
+    def _finish(self, stack: torch.Tensor) -> torch.Tensor:
+        return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()

@@ -1,0 +1,1 @@
+"""Programs that use `data` and `models` without the trainer."""

@@ -1,0 +1,1 @@
+"""Captions and classes → the condition of the U-Net."""

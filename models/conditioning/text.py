@@ -1,0 +1,66 @@
+"""Frozen text encoders as conditioners."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from models.condition import Condition
+from models.conditioning.conditioner import Conditioner
+from models.config import ConditionerConfig
+from models.weights.files import hash_network
+
+
+class Text(Conditioner):
+    """A frozen text encoder as a conditioner; None is encoded as the empty caption.
+
+    Captions that are too long are cut.
+    """
+
+    trainable = False
+
+    def __init__(self, config: ConditionerConfig, width: int, architecture: dict[str, Any]) -> None:
+        """width: of the encoder's tokens; architecture: of the encoder, JSON values.
+
+        Raises: ValueError if conditioner.width is not `width`.
+        """
+        super().__init__()
+        if width != config.width:
+            raise ValueError(
+                f"conditioner.width = {config.width}, but {config.features} of "
+                f"{config.model or config.pretrained} is {width} wide: set conditioner.width and "
+                f"unet.context_dim to that"
+            )
+        self.context_dim = width
+        self.features = config.features
+        self.architecture = architecture
+
+    @override
+    def train(self, mode: bool = True) -> "Text":
+        """Stay in evaluation mode, because the encoder is frozen."""
+        return super().train(False)
+
+    def restore(self, tokens: Tensor, dropped: Tensor) -> Condition:
+        """Make a condition from stored tokens of `forward`.
+
+        tokens: [B, T, context_dim], with rows of zeros for padding; no encoder gives such a row for
+        a token. dropped: [B] bool, true for samples that get the condition of the empty caption.
+        """
+        null, mask = self._null
+        if mask is not None:
+            mask = torch.where(dropped[:, None], mask.to(tokens.device), tokens.any(dim=-1))
+        return Condition(torch.where(dropped[:, None, None], null.to(tokens.device), tokens), mask)
+
+    @cached_property
+    def _null(self) -> tuple[Tensor, Tensor | None]:
+        """Encode the empty caption to tokens [1, T, context_dim] and mask [1, T], or None."""
+        tokens, mask, _ = self([None], (1, 1))
+        assert tokens is not None
+        return tokens, mask
+
+
+def text_fingerprint(text: Text) -> str:
+    """Identify a text encoder: SHA-256, in hex, of its options and its weights as fp32."""
+    return hash_network(text, {**text.architecture, "features": text.features.value})

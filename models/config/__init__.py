@@ -1,0 +1,39 @@
+"""Options of the networks. No page imports torch, so an error in an option shows at once."""
+
+from models.config.choices import (
+    AttentionBackend,
+    AutoencoderKind,
+    ConditionerKind,
+    DiscriminatorNorm,
+    LossWeight,
+    NoiseSchedule,
+    PerceptualFeatures,
+    PredictionType,
+    SamplerName,
+    TextFeatures,
+)
+from models.config.conditioning import ConditionerConfig
+from models.config.diffusion import DiffusionConfig
+from models.config.first_stage import AutoencoderConfig, DiscriminatorConfig, FirstStageLossConfig
+from models.config.sampling import SamplerConfig
+from models.config.unet import UNetConfig
+
+__all__ = [
+    "AttentionBackend",
+    "AutoencoderConfig",
+    "AutoencoderKind",
+    "ConditionerConfig",
+    "ConditionerKind",
+    "DiffusionConfig",
+    "DiscriminatorConfig",
+    "DiscriminatorNorm",
+    "FirstStageLossConfig",
+    "LossWeight",
+    "NoiseSchedule",
+    "PerceptualFeatures",
+    "PredictionType",
+    "SamplerConfig",
+    "SamplerName",
+    "TextFeatures",
+    "UNetConfig",
+]

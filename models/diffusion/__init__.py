@@ -1,0 +1,1 @@
+"""Noise schedules, training targets, samplers and guidance."""

@@ -1,0 +1,1 @@
+"""Autoencoders, their losses and their discriminator."""

@@ -1,0 +1,74 @@
+"""The trained module: the U-Net with its conditioner, on normalised latents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.condition import Condition
+from models.conditioning.conditioner import Captions, Conditioner
+from models.unet import UNet2DCondition
+
+
+@dataclass(frozen=True, slots=True)
+class LatentScale:
+    """Mean and standard deviation of each latent channel over the whole training set."""
+
+    mean: list[float]
+    std: list[float]
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Normalise the first stage's latents [B, C, h, w]: mean 0, variance 1 in each channel."""
+        return (latents - _channels(self.mean, latents)) / _channels(self.std, latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Invert `normalise`: [B, C, h, w] → latents for the first stage, [B, C, h, w]."""
+        return latents * _channels(self.std, latents) + _channels(self.mean, latents)
+
+
+class LatentDiffusion(nn.Module):
+    """The U-Net and, if it is trained with the U-Net, the conditioner."""
+
+    def __init__(self, unet: UNet2DCondition, conditioner: Conditioner | None) -> None:
+        """conditioner: None if it is frozen."""
+        super().__init__()
+        self.unet = unet
+        self.conditioner = conditioner
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, condition: Condition | Captions
+    ) -> Tensor:
+        """Predict with the U-Net in its own precision.
+
+        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: of B samples, or B
+        captions, which the trained conditioner embeds. Planes become channels after the latents'.
+        Returns [B, C, h, w] in the latents' dtype.
+
+        Raises: ValueError for captions without a trained conditioner, and for a condition that does
+        not fit the U-Net.
+        """
+        given = condition if isinstance(condition, Condition) else self._embed(condition, latents)
+        dtype = self.unet.conv_in.weight.dtype
+        inputs = latents.to(dtype)
+        if given.planes is not None:
+            inputs = _concatenated(inputs, given.planes.to(dtype))
+        tokens = None if given.tokens is None else given.tokens.to(dtype)
+        return self.unet(inputs, timesteps, tokens, given.mask).to(latents.dtype)
+
+    def _embed(self, captions: Captions, latents: Tensor) -> Condition:
+        if self.conditioner is None:
+            raise ValueError("captions need a conditioner that is trained: embed them first")
+        height, width = latents.shape[-2:]
+        return self.conditioner(captions, (height, width))
+
+
+def _concatenated(latents: Tensor, planes: Tensor) -> Tensor:
+    """Concatenate [B, C, h, w], [B, C', h, w] → [B, C + C', h, w] in the latents' memory layout."""
+    last = latents.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.cat([latents, planes], dim=1).contiguous(memory_format=layout)
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)

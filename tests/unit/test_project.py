@@ -1,0 +1,38 @@
+"""What the project says of itself agrees: hooks, CI, version and changelog."""
+
+import re
+import subprocess
+import tomllib
+
+import yaml
+
+from tests.support.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_a_commit_is_checked_as_by_make_lint() -> None:
+    make = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/installed", "lint"]
+    listed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert [hook["entry"] for hook in hooks] == listed.stdout.splitlines()
+    assert all(hook["always_run"] and not hook["pass_filenames"] for hook in hooks)
+
+
+def test_ci_runs_make_test_on_the_oldest_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    versions = [step["with"]["python-version"] for step in job["steps"] if "with" in step]
+    assert [command.partition("make ")[2] for command in commands] == ["test"]
+    assert [f">={version}" for version in versions] == [PROJECT["requires-python"]]
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+)\] - (?:unreleased|\d{4}-\d{2}-\d{2})$", text, re.MULTILINE)
+    assert len(versions) == text.count("\n## ")
+    assert versions[0] == PROJECT["version"]
+    parts = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert {*parts} <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -1,0 +1,65 @@
+"""What a protocol depends on, and what it does not."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.small_metric import MeanColour
+from trainer.cli import load_config
+from trainer.config.choices import Features
+from trainer.metrics.protocol import Protocol, folder_protocol, samples_protocol
+from trainer.runtime import rng
+
+REFERENCE = {"dataset": "d" * 64, "num_samples": 38, "seed": 0}
+EXTRACTORS = [MeanColour(Features.dinov2)]
+
+
+def samples(*options: str) -> Protocol:
+    config = load_config(["+experiment=emoji", *options])
+    return samples_protocol(config, EXTRACTORS, REFERENCE)
+
+
+def folder(*options: str) -> Protocol:
+    config = load_config(["+experiment=emoji", *options])
+    return folder_protocol(config, EXTRACTORS, REFERENCE)
+
+
+def test_a_folder_to_measure_later_leaves_the_protocol_of_a_training_as_it_is() -> None:
+    assert samples("eval.images=elsewhere").hash == samples().hash
+    assert samples().content["samples"] != folder().content["samples"]
+    assert samples("eval.images=elsewhere").hash != folder("eval.images=elsewhere").hash
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["eval.num_samples=7", "eval.seed=1", "sampler.steps=3", "eval.clip_score=false"],
+)
+def test_only_samples_depend_on_how_they_are_drawn(option: str) -> None:
+    assert samples(option).hash != samples().hash
+    assert folder(option).hash == folder().hash
+
+
+@pytest.mark.parametrize("stream", ["NORMAL_STREAM", "CHOICE_STREAM"])
+def test_only_samples_depend_on_the_draws(monkeypatch: pytest.MonkeyPatch, stream: str) -> None:
+    before, of_files = samples().hash, folder().hash
+    monkeypatch.setattr(rng, stream, "another")
+    assert samples().hash != before
+    assert folder().hash == of_files
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["eval.metrics=[precision_recall]", "data.image_size=128", "eval.kid_subset_size=30"],
+)
+def test_both_depend_on_what_is_compared(option: str) -> None:
+    kid = ["eval.metrics=[frechet,kid]", "eval.kid_subset_size=20"]
+    assert samples(*kid, option).hash != samples(*kid).hash
+    assert folder(*kid, option).hash != folder(*kid).hash
+
+
+def test_a_protocol_is_written_once_under_its_hash(tmp_path: Path) -> None:
+    ((path, content),) = samples().file(tmp_path).items()
+    assert path == tmp_path / "protocols" / f"{samples().hash}.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert samples().file(tmp_path) == {}

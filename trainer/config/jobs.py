@@ -1,0 +1,101 @@
+"""Options of the commands beside training and evaluation."""
+
+from dataclasses import dataclass, field
+
+from trainer.config.choices import PackVerify, Precision
+
+
+@dataclass(slots=True, kw_only=True)
+class PackConfig:
+    """Limits of `trainer.pack`."""
+
+    max_rejected: float = 0.05
+    """[share, ≥ 0, ≤ 1] Packing ends with an error if more of the samples that were found cannot be
+    used."""
+    verify: PackVerify = PackVerify.sampled
+    """How a second run finds out whether its source has changed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PrecomputeConfig:
+    """One task of a job that encodes images; tasks may run in parallel, and again after a kill."""
+
+    task: int = 0
+    """[tasks, ≥ 0, < 10^6] Number of this task, from 0."""
+    num_tasks: int = 1
+    """[tasks, ≥ 1, ≤ 10^6] Tasks that share the shards."""
+    batch_size: int = 64
+    """[images, ≥ 1, ≤ 10^6] Images encoded at once."""
+    workers: int = 2
+    """[processes, ≥ 0, ≤ 1024] Workers that decode and transform images."""
+    precision: Precision = Precision.fp32
+    """Arithmetic of the encoder."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SampleConfig:
+    """Images that `trainer.sample` draws."""
+
+    prompts: list[str] = field(default_factory=list[str])
+    """Prompts, or class numbers."""
+    prompts_file: str = ""
+    """Text file of more prompts, one a line."""
+    images_per_prompt: int = 1
+    """[images, ≥ 1, ≤ 10^6] Images of each prompt."""
+    batch_size: int = 16
+    """[images, ≥ 1, ≤ 10^6] Images that a rank draws at once."""
+    negative_prompt: str = ""
+    """Prompt that guidance leads away from; empty: the null condition."""
+    init_image: str = ""
+    """Picture to start from; empty: pure noise."""
+    strength: float = 0.6
+    """[share, > 0, ≤ 1] Noise on sample.init_image: share of the sampler's steps to take, in (0,
+    1]."""
+    seed: int = 0
+    """[1, ≥ 0, < 2^64] Seed of the noise, which depends on (seed, image number) alone."""
+    export: str = ""
+    """Folder from `trainer.export` to load instead of a checkpoint."""
+    out: str = ""
+    """Folder of the images; empty: one of its own for each draw, in `samples` of the run folder."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ClipConfig:
+    """Output of `trainer.clip`."""
+
+    out: str = "${data.dir}/clip.safetensors"
+    """[not empty] File of the trained weights, for conditioner.pretrained; it must not exist."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ExportConfig:
+    """Output of `trainer.export`."""
+
+    out: str = "${run.dir}/export"
+    """[not empty] Folder of the export, for diffusers."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PlanConfig:
+    """The machine that `trainer.plan` plans for."""
+
+    gpu: str = "a100_80gb"
+    """[not empty] Name of the GPU: one of `cards` in conf/gpus.yaml."""
+    nodes: int = 1
+    """[nodes, ≥ 1, ≤ 10^6] Number of nodes."""
+    gpus_per_node: int = 8
+    """[GPUs, ≥ 1, ≤ 1024] GPUs of a node."""
+    mfu: float = 0.29
+    """[share, > 0, ≤ 1] Part of the GPU's dense peak that forward and backward passes reach; see
+    docs/planning.md."""
+    reserve_gib: float = 4.0
+    """[GiB, ≥ 0, ≤ 10^4] GPU memory that the plan leaves free: the CUDA context, NCCL, workspaces
+    of convolutions, fragments."""
+    network_gbit_per_s: float = 400.0
+    """[Gbit/s, > 0, ≤ 10^6] Bandwidth of one node to the others."""
+    store_gib_per_s: float = 2.0
+    """[GiB/s, > 0, ≤ 10^6] Bandwidth of the store, for the whole job."""
+    price_per_gpu_hour: float = 0.0
+    """[currency an hour, ≥ 0, ≤ 10^6] Price of a GPU; 0: no cost in the plan."""
+    compare: bool = False
+    """Print a table of ZeRO stages, activation checkpointing and micro batches."""

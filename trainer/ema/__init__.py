@@ -1,0 +1,1 @@
+"""Snapshots of averages → an average of any width."""

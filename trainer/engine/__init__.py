@@ -1,0 +1,1 @@
+"""DeepSpeed engines, optimizer, averages of weights, compilation."""

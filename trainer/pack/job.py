@@ -1,0 +1,355 @@
+"""Pack raw images and captions into WebDataset shards with offset indexes and manifests."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.config import DataConfig, SourceKind
+from data.shards import filters
+from data.shards.account import SAMPLES, Fate, Tally, total
+from data.shards.manifest import (
+    FILE_NAME,
+    REJECTED_NAME,
+    Kind,
+    Manifest,
+    ManifestError,
+    Rejected,
+    Shard,
+    encode_ledger,
+)
+from data.shards.metadata import aspect
+from data.shards.reader import ShardReader
+from data.shards.register import Tar, register_tars, state_of
+from data.shards.stored import StoredSample
+from data.shards.writer import ShardSetWriter
+from data.sources.sources import NotChosen, RawSample, Source, hash_share, open_source
+from data.sources.tars import list_tars_of
+from data.storage.atomic import write_atomic
+from data.storage.files import join_location, size_bytes
+from data.storage.lease import NAME as LEASE
+from data.storage.lease import take
+from data.text import printable
+from trainer.config import Config, PackVerify
+from trainer.pack.origin import Origin
+from trainer.pack.stats import print_statistics
+from trainer.pack.summary import print_summary, refuse_losses
+from trainer.pack.verify import verify
+from trainer.runtime.progress import byte_bar
+
+STAT_THREADS = 32
+"""Parallel requests for file sizes: a remote store takes tens of milliseconds for each."""
+
+
+def pack(config: Config) -> None:
+    """Write the image data sets `data.train` and, if `data.source.val_share` > 0, `data.val`.
+
+    A second run on the same source does nothing; a run after a kill completes them.
+    With `verify` or `stats`, the data sets are only read.
+
+    Raises:
+        ValueError: a folder already holds another data set, the source has no usable sample or
+            fewer than `pack.max_rejected` allows, or `verify` found a difference.
+        InUseError: another process is packing into one of the folders.
+        FileNotFoundError: `data.source.path` does not exist.
+    """
+    if config.verify:
+        verify(config.data)
+    if config.stats:
+        print_statistics(config.data)
+    if config.verify or config.stats:
+        return
+    with ExitStack() as leases:
+        for option, folder in _targets(config.data).items():
+            leases.enter_context(take(folder / LEASE, f"choose another {option}"))
+        if config.data.source.kind is SourceKind.webdataset:
+            _register_tars(config)
+        else:
+            _write_shards(config)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Split:
+    """The shards of one data set, and the samples that are left out of it."""
+
+    shards: list[Shard] = field(default_factory=list[Shard])
+    rejected: list[Rejected] = field(default_factory=list[Rejected])
+    noted: Counter[str] = field(default_factory=Counter[str])
+    tally: Tally = field(default_factory=Tally)
+    empty_tars: list[str] = field(default_factory=list[str])
+    """Damaged tars without a sample."""
+    dropped: Counter[int] = field(default_factory=Counter[int])
+    """Number of the rule in data.filters → samples that it dropped."""
+    downloads: Counter[str] = field(default_factory=Counter[str])
+    """Name of a count by img2dataset → its value, such as failed downloads."""
+
+
+def _targets(data: DataConfig) -> dict[str, Path]:
+    targets = {"data.train": Path(data.train)}
+    if data.source.val_share > 0:
+        targets["data.val"] = Path(data.val)
+    return targets
+
+
+def _already_packed(data: DataConfig, origin: Origin) -> bool:
+    """Return whether every data set is complete; delete leftovers of a killed run if not.
+
+    Raises: ManifestError if a folder holds a data set of another source or other options.
+    """
+    complete = True
+    for option, folder in _targets(data).items():
+        if not (folder / FILE_NAME).exists():
+            complete = False
+            continue
+        manifest = Manifest.load(folder, option=option)
+        if different := origin.differences(manifest.source):
+            raise ManifestError(
+                f"{option}: {folder} holds a data set made from another source or other options: "
+                f"{different}; delete the folder, or choose another data.dir"
+            )
+        if origin.has_newer_files(manifest.source):
+            print(
+                f"{option}: tars or tables at data.source.path have changed: these are read again"
+            )
+            complete = False
+        shards_at = manifest.shards_at(str(folder), data.source.path)
+        complete = complete and all(_is_whole(folder, shards_at, item) for item in manifest.shards)
+    if complete:
+        for option, folder in _targets(data).items():
+            print_summary(option, folder, Manifest.load(folder, option=option))
+        print("Already packed: nothing to do.")
+        return True
+    for folder in _targets(data).values():
+        for leftover in folder.rglob(".*.part"):  # a killed run leaves these
+            leftover.unlink(missing_ok=True)
+    return False
+
+
+def _is_whole(folder: Path, shards_at: str, shard: Shard) -> bool:
+    try:
+        found = size_bytes(join_location(shards_at, shard.name))
+    except FileNotFoundError:
+        return False
+    return found == shard.size_bytes and (folder / shard.index_name).exists()
+
+
+def _write_shards(config: Config) -> None:
+    data = config.data
+    source = open_source(data)
+    was_packed = (Path(data.train) / FILE_NAME).exists()
+    former = source.former_fingerprint() if was_packed else ""
+    origin = Origin.of(data, source.fingerprint(), former=former)
+    if _already_packed(data, origin):
+        if _is_full(config):
+            _refuse_other_bytes(data, source)
+        return
+    splits = {option: _Split() for option in _targets(data)}
+    size = data.source.shard_samples
+    with (
+        ShardSetWriter(Path(data.train), Kind.images, size) as train,
+        ShardSetWriter(Path(data.val), Kind.images, size) as val,
+    ):
+        for item in tqdm(source, desc="pack", unit="image", disable=None):
+            if not isinstance(item, RawSample):
+                _leave_out(splits["data.train"], item)
+                continue
+            in_val = hash_share(item.group) < data.source.val_share
+            split = splits["data.val" if in_val else "data.train"]
+            rule = filters.first_to_drop(data.filters, _fields(item).get)
+            if rule is None:
+                split.noted += item.noted
+                (val if in_val else train).write(_members(item))
+                continue
+            split.dropped[rule] += 1
+            split.tally.add(Fate.filtered, filters.rule_text(data.filters[rule]), item.name)
+    splits["data.train"].tally.merge(source.left_alone.entries())
+    splits["data.train"].shards = train.shards
+    if "data.val" in splits:
+        splits["data.val"].shards = val.shards
+    _publish(config, origin, splits, image_size=source.image_size, licence=source.licence)
+
+
+def _is_full(config: Config) -> bool:
+    return config.pack.verify is PackVerify.full
+
+
+def _refuse_other_bytes(data: DataConfig, source: Source) -> None:
+    """Raise ManifestError if a source gives other samples than those that are packed."""
+    packed: dict[str, Iterator[StoredSample]] = {}
+    for option, folder in _targets(data).items():
+        manifest = Manifest.load(folder, option=option)
+        samples = ShardReader(str(folder), manifest).find(np.arange(manifest.samples))
+        packed[option] = iter(samples)
+    for item in tqdm(source, desc="compare", unit="image", disable=None):
+        if not isinstance(item, RawSample):
+            continue
+        if filters.first_to_drop(data.filters, _fields(item).get) is not None:
+            continue
+        option = "data.val" if hash_share(item.group) < data.source.val_share else "data.train"
+        stored = next(packed[option], None)
+        if stored is None or any(
+            stored.member(name) != payload for name, payload in _members(item).items()
+        ):
+            raise ManifestError(
+                f"{option}: {printable(item.name)} at data.source.path has changed since it was "
+                "packed; delete the folder, or choose another data.dir"
+            )
+    print("Compared: every byte is the one that was packed.")
+
+
+def _leave_out(split: _Split, item: Rejected | NotChosen) -> None:
+    if isinstance(item, NotChosen):
+        split.tally.add(Fate.not_chosen, item.reason, item.key)
+        return
+    split.rejected.append(item)
+    split.tally.add(Fate.rejected, item.reason, item.key)
+
+
+def _fields(sample: RawSample) -> dict[str, object]:
+    """Return the fields of a sample that `data.filters` can name."""
+    return {
+        **sample.metadata,
+        "width": sample.width,
+        "height": sample.height,
+        "aspect": aspect(sample.width, sample.height),
+        "caption_length": len(sample.caption),
+    }
+
+
+def _members(sample: RawSample) -> dict[str, bytes]:
+    facts = {
+        **sample.metadata,
+        "width": sample.width,
+        "height": sample.height,
+        "sha256": hashlib.sha256(sample.image).hexdigest(),
+        "source": sample.name,
+    }
+    return {
+        sample.extension: sample.image,
+        "txt": sample.caption.encode(),
+        "json": json.dumps(facts, ensure_ascii=False).encode(),
+    }
+
+
+def _register_tars(config: Config) -> None:
+    """Write indexes and manifests for existing tars; whole tars go to data.val."""
+    data = config.data
+    base, names = list_tars_of(data.source.path)
+    try:
+        with ThreadPoolExecutor(STAT_THREADS) as pool:
+            locations = [join_location(base, name) for name in names]
+            sizes = dict(zip(names, pool.map(size_bytes, locations), strict=True))
+            states = list(pool.map(partial(state_of, rules=data.filters), locations))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.source.path: no such tar: {error}") from error
+    origin = Origin.of(
+        data,
+        json.dumps([base, names]),
+        former=json.dumps([base, sizes]),
+        files=json.dumps(states),
+    )
+    if not _is_full(config) and _already_packed(data, origin):
+        return
+    val_count = max(1, round(data.source.val_share * len(names))) if data.source.val_share else 0
+    val_names = set(sorted(names, key=hash_share)[:val_count])
+    if len(val_names) == len(names):
+        raise ValueError(
+            f"data.source.val_share: {len(names)} tar at {data.source.path} leaves none to train on"
+        )
+    targets = _targets(data)
+    options = ["data.val" if name in val_names else "data.train" for name in names]
+    tars = [
+        Tar(folder=targets[option], base=base, name=name, state=state)
+        for option, name, state in zip(options, names, states, strict=True)
+    ]
+    splits = {option: _Split() for option in targets}
+    with (
+        closing(
+            register_tars(tars, data.filters, data.source.workers, anew=_is_full(config))
+        ) as registered,
+        byte_bar(sum(sizes.values()), "pack") as bar,
+    ):
+        for option, made in zip(options, registered, strict=True):
+            split = splits[option]
+            split.shards.append(made.shard)
+            split.rejected += made.rejected
+            split.dropped.update(dict(enumerate(made.dropped)))
+            split.downloads.update(made.downloads)
+            split.tally.merge(made.left_out)
+            is_damaged = any(entry.fate == Fate.damaged for entry in made.left_out)
+            if is_damaged and not made.shard.samples + total(made.left_out, *SAMPLES):
+                split.empty_tars.append(made.shard.name)
+            bar.update(made.shard.size_bytes)
+    _publish(config, origin, splits, base=base)
+
+
+def _publish(
+    config: Config,
+    origin: Origin,
+    splits: dict[str, _Split],
+    *,
+    image_size: int = 0,
+    licence: str = "",
+    base: str = "",
+) -> None:
+    data = config.data
+    manifests: dict[str, Manifest] = {}
+    for option, folder in _targets(data).items():
+        split = splits[option]
+        kept = sum(shard.samples for shard in split.shards)
+        dropped = [split.dropped[number] for number in range(len(data.filters))]
+        manifests[option] = Manifest(
+            kind=Kind.images,
+            shards=split.shards,
+            image_size=image_size,
+            licence=licence,
+            rejected=dict(Counter(item.reason for item in split.rejected)),
+            noted=dict(split.noted),
+            filters=filters.count(data.filters, dropped, kept),
+            left_out=split.tally.entries(),
+            downloads=dict(split.downloads),
+            source=origin.text(),
+            base="" if base == str(folder.absolute()) else base,
+        )
+    _refuse_unusable(config, splits, manifests)
+    for option, folder in _targets(data).items():
+        manifests[option].save(folder, splits[option].rejected)
+        print_summary(option, folder, manifests[option])
+
+
+def _refuse_unusable(
+    config: Config, splits: dict[str, _Split], manifests: dict[str, Manifest]
+) -> None:
+    """Raise ValueError if there is nothing to train on, or too much is lost; write the ledgers."""
+    train, folders = manifests["data.train"], _targets(config.data)
+    if not train.samples:
+        left_out = {item.rule: item.dropped for item in train.filters} | train.rejected
+        raise ValueError(f"data.source: nothing usable to train on; left out {left_out}")
+    for option, folder in folders.items():
+        write_atomic(folder / REJECTED_NAME, encode_ledger(splits[option].rejected))
+    empty_tars = [name for split in splits.values() for name in split.empty_tars]
+    by_folder = {folders[option]: manifest for option, manifest in manifests.items()}
+    refuse_losses(by_folder, empty_tars, config.pack.max_rejected)
+    if config.data.source.kind is SourceKind.webdataset:
+        _refuse_older_latents(config.data, train)
+
+
+def _refuse_older_latents(data: DataConfig, images: Manifest) -> None:
+    """Raise ManifestError if data.latents were made from images that have changed since."""
+    if not all((Path(folder) / FILE_NAME).exists() for folder in (data.train, data.latents)):
+        return
+    before = Manifest.load(data.train, option="data.train").hash
+    latents = Manifest.load(data.latents, option="data.latents").latents
+    if latents is not None and latents.source_hash == before != images.hash:
+        raise ManifestError(
+            f"data.latents: {data.latents} was made from other images than those that are now at "
+            "data.source.path; delete this folder, then pack and precompute again"
+        )

@@ -1,0 +1,1 @@
+"""PNG files, contact sheets and charts."""

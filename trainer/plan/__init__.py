@@ -1,0 +1,1 @@
+"""Config → memory, time and cost of the run, without a GPU."""

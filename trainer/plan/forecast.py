@@ -1,0 +1,210 @@
+"""Forecast of a run on a machine from a traced step; needs no GPU, data or weights."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from data.order.batches import check_batch
+from models.config import AttentionBackend
+from models.layers.attention import Backend, reference_attention, sdpa_for
+from models.layers.blocks import use_attention
+from trainer.checks import grad_accum_steps
+from trainer.config import Config, Precision
+from trainer.engine.averages import averages
+from trainer.plan.costs import (
+    GIB,
+    CheckpointCost,
+    StepTime,
+    Work,
+    checkpoint_cost,
+    step_time,
+)
+from trainer.plan.memory import (
+    FP32,
+    Layout,
+    Memory,
+    Sizes,
+    at_micro_batch,
+    largest_micro_batch,
+    predict,
+)
+from trainer.plan.tracing import Trace, fake_mode, fake_module, trace
+from trainer.runtime.devices import Gpu, find_gpu
+from trainer.train.task import Frozen, StepPlan
+from trainer.train.tasks import plan_step
+
+TRACED_SIZES = (2, 4)
+"""Sizes of the two traced micro batches; others are extrapolated linearly. Size 1 would break this:
+there some reshapes are views, without bytes of their own."""
+BF16 = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """The traced training step."""
+
+    sizes: Sizes
+    step: StepPlan
+    traces: tuple[Trace, Trace]
+    model_flops_per_image: float
+    """FLOPs of the trained network, forward and backward, without recomputation."""
+
+    @property
+    def frozen(self) -> Frozen:
+        """The frozen networks beside the trained one."""
+        return self.step.frozen
+
+    @property
+    def flops_per_image(self) -> float:
+        """FLOPs of an image, with recomputation and frozen networks."""
+        return self.traces[0].flops / self.traces[0].micro_batch + self.frozen.flops_per_image
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Memory, time and cost of a run on a machine."""
+
+    config: Config
+    gpu: Gpu
+    traced: TracedStep
+    layout: Layout
+    memory: Memory
+    limit_bytes: float
+    largest_micro_batch: int
+    sample_bytes: int
+    time: StepTime
+    checkpoint: CheckpointCost
+
+    @property
+    def fits(self) -> bool:
+        """Whether the configured micro batch fits into the memory."""
+        return self.memory.peak <= self.limit_bytes
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput of all ranks together, without pauses for checkpoints."""
+        return self.config.train.global_batch_size / self.time.total_s
+
+    @property
+    def days(self) -> float:
+        """Days for train.max_steps, with the pauses for checkpoints."""
+        train = self.config.train
+        saves = train.max_steps / self.config.checkpoint.every
+        return (train.max_steps * self.time.total_s + saves * self.checkpoint.stall_s) / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU hours of the run: its hours times the number of GPUs."""
+        return 24 * self.days * self.layout.ranks
+
+    @property
+    def limit(self) -> str:
+        """The limit of the run: memory, or the part of a step that takes longest."""
+        return self.time.limit if self.fits else "memory"
+
+
+def check(config: Config) -> None:
+    """Check the batch size.
+
+    Raises: ValueError for a batch that does not divide.
+    """
+    plan, train = config.plan, config.train
+    ranks = plan.nodes * plan.gpus_per_node
+    check_batch(train.global_batch_size, ranks=ranks, micro_batch=train.micro_batch_size)
+
+
+def trace_step(config: Config, *, device: str = "cuda") -> TracedStep:
+    """Trace the training step of the configured task, on fake tensors.
+
+    device: the type of device whose attention kernels are traced.
+    """
+    # xformers needs a GPU; SDPA keeps the same tensors for the backward pass
+    attention = sdpa_for(torch.device(device))
+    if config.unet.attention_backend is AttentionBackend.reference:
+        attention = reference_attention
+    step = plan_step(config)
+    traces = [_trace(config, step, attention, size) for size in TRACED_SIZES]
+    plain = traces[0]
+    if config.unet.gradient_checkpointing:
+        without = with_options(config, checkpointing=False)
+        plain = _trace(without, plan_step(without), attention, TRACED_SIZES[0])
+    with torch.device("meta"):
+        sizes = Sizes.of(step.build_module())
+    return TracedStep(sizes, step, (traces[0], traces[1]), plain.flops / plain.micro_batch)
+
+
+def _trace(config: Config, step: StepPlan, attention: Backend, micro_batch: int) -> Trace:
+    mode = fake_mode()
+    dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
+    module = fake_module(step.build_module, dtype, mode)
+    use_attention(module, attention)
+    with mode:
+        return trace(module, lambda: step.loss(module, micro_batch), micro_batch)
+
+
+def layout_of(config: Config, traced: TracedStep, *, ranks: int) -> Layout:
+    """Return the layout of the configured run on `ranks` ranks."""
+    bf16 = config.train.precision is Precision.bf16
+    return Layout(
+        stage=config.deepspeed.stage,
+        ranks=ranks,
+        weight_bytes=BF16 if bf16 else FP32,
+        grad_accum_steps=grad_accum_steps(config, ranks),
+        averages=len(averages(config.ema)),
+        frozen_bytes=traced.frozen.parameters * FP32,
+        offload=config.deepspeed.offload_optimizer,
+    )
+
+
+def memory_of(config: Config, traced: TracedStep, layout: Layout) -> Memory:
+    """Predict the memory of a GPU with the configured micro batch."""
+    return predict(
+        at_micro_batch(*traced.traces, config.train.micro_batch_size), traced.sizes, layout
+    )
+
+
+def make_forecast(config: Config, traced: TracedStep) -> Forecast:
+    """Predict memory, time and cost of the traced step on the configured machine."""
+    gpu = find_gpu(config.plan.gpu)
+    layout = layout_of(config, traced, ranks=config.plan.nodes * config.plan.gpus_per_node)
+    limit = (gpu.memory_gib - config.plan.reserve_gib) * GIB
+    each = config.train.global_batch_size // layout.ranks
+    sample = traced.step.sample_bytes
+    work = Work(
+        flops=traced.flops_per_image * each,
+        parameters=traced.sizes.total,
+        weight_bytes=layout.weight_bytes,
+        grad_accum_steps=layout.grad_accum_steps,
+        averages=layout.averages,
+        read_bytes=config.train.global_batch_size * sample,
+    )
+    return Forecast(
+        config=config,
+        gpu=gpu,
+        traced=traced,
+        layout=layout,
+        memory=memory_of(config, traced, layout),
+        limit_bytes=limit,
+        largest_micro_batch=largest_micro_batch(*traced.traces, traced.sizes, layout, limit),
+        sample_bytes=sample,
+        time=step_time(config, gpu, work),
+        checkpoint=checkpoint_cost(config, gpu, traced.sizes.total, layout.averages),
+    )
+
+
+def with_options(
+    config: Config,
+    *,
+    stage: int | None = None,
+    checkpointing: bool | None = None,
+    micro_batch: int | None = None,
+) -> Config:
+    """Return the config with some options replaced."""
+    unet, deepspeed, train = config.unet, config.deepspeed, config.train
+    if stage is not None:
+        deepspeed = replace(deepspeed, stage=stage)
+    if checkpointing is not None:
+        unet = replace(unet, gradient_checkpointing=checkpointing)
+    if micro_batch is not None:
+        train = replace(train, micro_batch_size=micro_batch)
+    return replace(config, unet=unet, deepspeed=deepspeed, train=train)

@@ -1,0 +1,1 @@
+"""Training images → features that evaluations compare with."""

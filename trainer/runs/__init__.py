@@ -1,0 +1,1 @@
+"""The run folder: names, writers and readers of its files."""

@@ -1,0 +1,1 @@
+"""The process and its machine: ranks, devices, memory, random draws, progress."""

@@ -1,0 +1,46 @@
+"""GPUs and their peak rates, from the table conf/gpus.yaml."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.config import Precision
+from trainer.config.gpus import gpu_table
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU: an entry of `cards` in conf/gpus.yaml; rates are peaks."""
+
+    memory_gib: float
+    bf16_tflops: float
+    fp32_tflops: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
+
+
+def find_gpu(name: str) -> Gpu:
+    """Look up a GPU by its key in `cards`."""
+    table = gpu_table()
+    card: dict[str, Any] = dict(table["cards"][name])
+    return Gpu(bf16_tflops=table["bf16_tflops"][card.pop("name")], **card)
+
+
+def bf16_flops_per_s(device_name: str) -> float | None:
+    """Return the peak rate of bf16 products, in FLOP/s; None for a device outside the table.
+
+    device_name: the name from CUDA, such as NVIDIA A100-SXM4-80GB.
+    """
+    peaks: dict[str, float] = gpu_table()["bf16_tflops"]
+    return next((1e12 * peak for part, peak in peaks.items() if part in device_name), None)
+
+
+def peak_flops_per_s(device: torch.device, precision: Precision) -> float | None:
+    """Return the device's peak rate, in FLOP/s; None for fp32 and for a device outside the table.
+
+    fp32 has no single peak: some operators compute in TF32, others do not.
+    """
+    if device.type != "cuda" or precision is not Precision.bf16:
+        return None
+    return bf16_flops_per_s(torch.cuda.get_device_name(device))

@@ -1,0 +1,166 @@
+"""Rank, device and collectives of a process."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from trainer.runtime.rendezvous import Place, meet
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+"""Longest time that a rank waits in a collective."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """One process of a job, and collectives among all processes of the job.
+
+    All ranks must call the same collectives in the same order.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Process group of the collectives; None: all ranks, in the main thread."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone prints and commits files."""
+        return self.rank == 0
+
+    def say(self, line: str) -> None:
+        """Print a line once for all ranks."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def parts(self, count: int, size: int) -> Iterator[list[int]]:
+        """Yield this rank's part of the batches of 0 … count-1.
+
+        size: largest size of a batch. The batches do not depend on the world size.
+        """
+        for start in range(self.rank * size, count, self.world_size * size):
+            yield list(range(start, min(start + size, count)))
+
+    def barrier(self) -> None:
+        """Wait for all ranks; collective."""
+        if self.world_size > 1:
+            dist.barrier(self.group)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set on any rank; collective."""
+        return self.maximum(float(flag)) > 0
+
+    def maximum(self, value: float) -> float:
+        """Return the largest value over all ranks; collective."""
+        return self._reduce(value, dist.ReduceOp.MAX)
+
+    def mean(self, value: float) -> float:
+        """Return the mean over all ranks; collective."""
+        return self._reduce(value, dist.ReduceOp.SUM) / self.world_size
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of the ranks; collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value, self.group)
+        return values
+
+    def collect(self, value: T) -> list[T]:
+        """Return the values of all ranks on rank 0, an empty list elsewhere; collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] | None = [value] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, group=self.group)
+        return values or []
+
+    def from_main(self, find: Callable[[], T]) -> T:
+        """Call the function on rank 0, and return its value on every rank; collective."""
+        found: list[T | None] = [find() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(found, src=0, group=self.group)
+        return cast(T, found[0])
+
+    def for_thread(self) -> "Ranks":
+        """Return these ranks on the CPU with their own process group, for a background thread."""
+        if self.world_size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        return replace(self, device=torch.device("cpu"), group=group)
+
+    def sum_(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace each tensor, in place, by its sum over all ranks; collective."""
+        if self.world_size == 1:
+            return
+        for name in sorted(tensors):
+            total = tensors[name].to(self.device, copy=True)
+            dist.all_reduce(total, group=self.group)
+            tensors[name].copy_(total)
+
+    def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        result = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(result, operation, self.group)
+        return result.item()
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""The ranks of a process outside a job."""
+
+
+def join() -> Ranks:
+    """Join the job that torchrun or srun started; a plain process is a job of one rank.
+
+    Raises: ValueError if the launcher's variables contradict each other, or those of other ranks;
+    OSError or RuntimeError of torch.distributed if the ranks do not connect.
+    """
+    place = Place.read(os.environ)
+    device = _device(place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed takes the number of its device from the environment alone
+    os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.local_rank)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            # torchrun has a store of its own
+            store=None if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meet(place, TIMEOUT),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=TIMEOUT,
+        )
+    return Ranks(place.rank, place.world_size, device)
+
+
+def _device(place: Place) -> torch.device:
+    """Return the GPU of this rank, among those that CUDA_VISIBLE_DEVICES leaves; without, the CPU.
+
+    Raises: ValueError if there are fewer GPUs than ranks on this host.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return torch.device("cpu")
+    if count == 1:
+        return torch.device("cuda", 0)  # a launcher may show each rank its own GPU alone
+    if place.local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK={place.local_rank}, but this host shows {count} GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}): "
+            "start one rank a GPU"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def end_together(ranks: Ranks, reason: str) -> NoReturn:
+    """End every rank with exit code 1; rank 0 prints the reason; collective."""
+    if ranks.is_main:
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    ranks.barrier()  # the launcher kills the others as soon as one rank has ended
+    raise SystemExit(1)

@@ -1,0 +1,48 @@
+"""Requests to stop a job: every rank stops after the same unit of work."""
+
+import signal
+from types import FrameType
+
+from trainer.runtime.launcher import REQUEUE_EXIT_CODE
+from trainer.runtime.ranks import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """A request by SIGTERM, SIGUSR1 (Slurm's warning before the time limit) or Ctrl-C."""
+
+    def __init__(self, ranks: Ranks, at: str = "step") -> None:
+        """at: name of the unit of work after which the job stops, for the printed line."""
+        self._ranks, self._at = ranks, at
+        self._heard = False
+        for number in SIGNALS:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        # ignore later signals: Python removes its handlers before a process ends, and a signal
+        # would then kill it
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        if self._ranks.is_main:
+            print(f"{signal.Signals(number).name}: stopping after this {self._at}", flush=True)
+        self._heard = True
+
+    def agreed(self, must: bool = False) -> bool:
+        """Return whether to stop: any rank got a signal, or has `must` set; collective."""
+        # Slurm signals every process of a job. Processes that were started before the first call,
+        # such as W&B's service, inherited a blocked SIGUSR1: the signal does not end them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        return self._ranks.any(self._heard or must)
+
+    def stopping(self, phase: str) -> bool:
+        """Return whether to stop, as a runtime.progress.Stopping; collective."""
+        return self.agreed()
+
+    def exit_code(self, left: str) -> int:
+        """Print a line and return the exit code of a stopped job; left: the saved work in words."""
+        if not self._ranks.is_main:
+            # srun kills the other ranks as soon as one ends with an error code
+            return 0
+        print(f"asked to stop: {left}; the same command goes on", flush=True)
+        return REQUEUE_EXIT_CODE
