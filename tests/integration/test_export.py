@@ -1,6 +1,7 @@
 """An exported run as diffusers sees it: the same tokens, the same latents, the same pictures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ def test_a_second_export_replaces_the_first_and_nothing_else(
     (Path(config.export.out) / "stale.txt").write_text("of the first")
     export(config)
     assert not (Path(config.export.out) / "stale.txt").exists()
-    config.export.out = str(tmp_path)
+    elsewhere = replace(config, export=replace(config.export, out=str(tmp_path)))
     with pytest.raises(ValueError, match=r"^export.out: .* exists and is no export"):
-        export(config)
+        export(elsewhere)
 
 
 @pytest.mark.parametrize(
