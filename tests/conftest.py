@@ -1,6 +1,5 @@
 """What every level of the tests shares."""
 
-import copy
 from collections.abc import Generator
 from typing import Any
 
@@ -8,12 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.support import shared_configs
 from tests.support.workshop import Workshop, draw_pictures
 from trainer.config import Config
 from trainer.pack.job import pack
-
-# The configs that several tests share, each with a copy of what it was.
-_shared: list[tuple[Config, Config]] = []
 
 # Examples may be slow: other programs run on the machine.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -37,7 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
     value = yield
     if fixturedef.scope != "function" and isinstance(value, Config):
-        _shared.append((value, copy.deepcopy(value)))
+        shared_configs.remember(value)
     return value
 
 
@@ -45,8 +42,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, 
 def pytest_runtest_call() -> Generator[None, object, object]:
     """Fail the test that changes a shared config, not the one that happens to run after it."""
     result = yield
-    for config, before in _shared:
-        assert config == before, "this test changes a config that others use: dataclasses.replace"
+    shared_configs.check_unchanged()
     return result
 
 

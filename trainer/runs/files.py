@@ -33,6 +33,8 @@ MAX_BYTES = 2**33
 """Largest file of records that is read."""
 CHUNK_LINES = 256
 """Lines of one append: a disk with little room takes some of many."""
+IDLE_S = 2.0
+"""Seconds without a job after which the writing thread ends."""
 CLOSE_S = 10.0
 """Longest wait of `close` for a disk that is slow, beside its patience with one that fails."""
 SLOW_S = 1.0
@@ -76,6 +78,8 @@ class RunFiles:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
+        if writes:
+            atexit.register(self.close)  # an error may end the process without `close`
 
     def append(self, name: str, line: str) -> None:
         """Append a line to a file of the run folder."""
@@ -194,7 +198,6 @@ class RunFiles:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="run-files", daemon=True)
                 self._thread.start()
-                atexit.register(self.close)  # an error may end the process without `close`
             self._changed.notify_all()
 
     def _make_room(self, size: int) -> bool:
@@ -216,7 +219,7 @@ class RunFiles:
                 self._waiting -= job.size
 
     def _work(self) -> None:
-        """Write files, in a thread, until `close` and the last job."""
+        """Write files, in a thread, until there has been no job for IDLE_S, or `close`."""
         while (found := self._next()) is not None:
             path, file, jobs = found
             try:
@@ -240,17 +243,19 @@ class RunFiles:
                 self._changed.notify_all()
 
     def _next(self) -> tuple[Path, _File, list[_Job]] | None:
-        """Wait for a job that is due; None after the last one."""
+        """Wait for a job that is due; None where the thread has to end."""
+        idle = False
         with self._changed:
             while True:
                 now_s = time.monotonic()
                 waits = [(file.due_s, path) for path, file in self._files.items() if file.jobs]
                 due_s, path = min(waits, default=(0.0, None))
-                if path is None and self._closing:
-                    self._thread = None
+                if path is None and (self._closing or idle):
+                    self._thread = None  # `_add` starts another one
                     return None
                 if path is None or due_s > now_s:
-                    self._changed.wait(None if path is None else due_s - now_s)
+                    wait_s = IDLE_S if path is None else due_s - now_s
+                    idle = not self._changed.wait(wait_s)
                     continue
                 file = self._files[path]
                 if file.jobs[0].line:

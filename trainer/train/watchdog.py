@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from datetime import datetime
 from pathlib import Path
 
@@ -95,11 +96,13 @@ class Watchdog:
 
 
 def write_stacks(path: Path, head: str) -> None:
-    """Write `head` and the stacks of all threads of this process to a file.
+    """Write `head` and the stacks of the threads of this process to a file.
 
+    The main thread comes first: of more than 100 threads faulthandler leaves out the oldest ones.
     Raises: OSError if the file cannot be written; an older file at `path` is then unchanged.
     """
     with atomic_path(path) as part, part.open("w") as file:
-        file.write(head)
+        file.write(f"{head}Main thread (most recent call last):\n")
+        traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0], file=file)
         file.flush()  # faulthandler writes to the descriptor, past Python's buffer
         faulthandler.dump_traceback(file, all_threads=True)

@@ -60,6 +60,25 @@ def test_lines_and_files_are_written_in_order(tmp_path: Path) -> None:
     assert files.flush(PATIENCE_S)
 
 
+def test_the_thread_ends_without_jobs_and_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.runs.files.IDLE_S", 0.0)
+    files = RunFiles(tmp_path)
+    for number in range(300):
+        files.append("metrics.jsonl", str(number))
+        if number % 3 == 0:
+            assert files.flush(PATIENCE_S)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while files._thread is not None:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    files.append("metrics.jsonl", "300")
+    assert files.close() == ""
+    lines = (tmp_path / "metrics.jsonl").read_text().split()
+    assert lines == [str(number) for number in range(301)]
+
+
 def test_what_cannot_be_written_waits_and_the_history_tells_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

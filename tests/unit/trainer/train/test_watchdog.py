@@ -163,6 +163,18 @@ def test_a_stack_file_names_the_rank_and_the_lines_of_its_threads(tmp_path: Path
     assert 'test_watchdog.py"' in text
 
 
+def test_the_main_thread_is_among_any_number_of_threads(tmp_path: Path) -> None:
+    path, ended = tmp_path / "rank_00000.txt", threading.Event()
+    threads = [threading.Thread(target=ended.wait) for _ in range(120)]
+    for thread in threads:
+        thread.start()
+    write_stacks(path, "rank 0 of 1\n")
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert 'test_watchdog.py"' in path.read_text()
+
+
 def test_a_failure_in_the_middle_keeps_the_old_stacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
