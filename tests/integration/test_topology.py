@@ -12,7 +12,7 @@ from tests.support.workshop import Workshop, losses
 from trainer.cli import load_config
 from trainer.train.loop import fit
 
-SHORT, LONG = 20, 50
+SHORT, LONG = 12, 50
 """Steps of the test and of the campaign."""
 GLOBAL_BATCH = 8
 SAME = 1e-5
