@@ -14,7 +14,7 @@ from tests.support.project import TIMEOUT_S, Project, make_clone
 from tests.support.workshop import Workshop, losses
 
 CI_DOES_IT = ("git clone ", "make ")
-STEPS = 60
+STEPS = 36
 # A program of the clone's environment, which makes the experiment small.
 PROGRAM = """#!/usr/bin/env bash
 for word; do
@@ -37,7 +37,7 @@ def prepare(clone: Path, workshop: Workshop) -> None:
     """What the guide's first section has a person do: an environment, and the site's settings."""
     small = [
         word
-        for word in workshop.overrides("emoji", f"train.max_steps={STEPS}", "checkpoint.every=20")
+        for word in workshop.overrides("emoji", f"train.max_steps={STEPS}", "checkpoint.every=12")
         if not word.startswith(("+experiment", "run.dir"))
     ]
     small += [f"data.dir={clone / 'datasets'}", f"data.latents={clone / 'latents'}"]

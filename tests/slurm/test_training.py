@@ -19,8 +19,8 @@ from tests.support.workshop import Workshop, losses
 from trainer.checkpoints.reader import latest_checkpoint
 from trainer.train.loop import fit
 
-STEPS = 36
-TRAIN = [f"train.max_steps={STEPS}", "checkpoint.every=12", "train.micro_batch_size=2"]
+STEPS = 24
+TRAIN = [f"train.max_steps={STEPS}", "checkpoint.every=8", "train.micro_batch_size=2"]
 TWO_NODES = ("--nodes=2", "--nodelist=node[1-2]")
 
 
@@ -140,7 +140,7 @@ def dead_nodes(stage: Stage) -> None:
     job = start_on_nodes_3_and_4(stage)
     stage.cluster.fail("node3")
     stage.wait_for_restart(job, 1)
-    stage.wait_for_step(job, 27)
+    stage.wait_for_step(job, 18)
     assert stage.cluster.job(job)["NodeList"] == "node[2,4]"
     stage.cluster.restore("node3")
     end_without_node_4(stage, job, starts=2)
@@ -156,7 +156,7 @@ def end_without_node_4(stage: Stage, job: str, starts: int) -> None:
 
 def start_on_nodes_3_and_4(stage: Stage) -> str:
     job = stage.train("--nodes=2", "--exclude=node1")
-    stage.wait_for_step(job, 14)
+    stage.wait_for_step(job, 9)
     assert stage.cluster.job(job)["NodeList"] == "node[3-4]"
     return job
 
