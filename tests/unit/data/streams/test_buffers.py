@@ -1,6 +1,5 @@
 """Memory is lent again once nobody can see it any more, and never before."""
 
-import gc
 from random import Random
 from typing import Any
 
@@ -40,7 +39,6 @@ def test_what_is_held_is_not_lent_and_all_else_is(steps: list[str | None], rando
     for number, how in enumerate(steps):
         if how is None and held:
             del held[random.choice(sorted(held))]
-            gc.collect()
         elif how is not None:
             array = buffers.take(SHAPE[0])
             assert (array.shape, array.dtype, array.flags.writeable) == (SHAPE, np.float16, True)
