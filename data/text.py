@@ -44,3 +44,8 @@ def printable(text: str, limit: int = MAX_SHOWN) -> str:
     """Return a text from outside as it may be shown: escaped, on one line, of `limit` or less."""
     shown = escaped(text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def words_of(class_name: str) -> str:
+    """Return the name of a class as a caption: `golden_retriever` is "golden retriever"."""
+    return class_name.replace("_", " ").strip()

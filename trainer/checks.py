@@ -8,7 +8,6 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import CaptionForm
 from data.order import batches
 from data.order.batches import batch_problems
 from data.secrets import redact
@@ -224,6 +223,13 @@ def _data(config: Config) -> Iterator[str]:
             yield f"{path} needs either min, max or both, or allowed"
         elif rule.min is not None and rule.max is not None and rule.min > rule.max:
             yield f"{path}: min={rule.min} is over max={rule.max}"
+    try:
+        bytes(4).decode(config.data.encoding)
+    except (LookupError, ValueError):
+        yield (
+            f"data.encoding={config.data.encoding!r} is no encoding of text; take one such as "
+            "utf-8, cp1252, shift_jis or gb18030"
+        )
     if job.task >= job.num_tasks:
         yield f"precompute.task={job.task} must be below precompute.num_tasks={job.num_tasks}"
 
@@ -291,11 +297,6 @@ def denoising_problems(config: Config) -> Iterator[str]:
         yield f"eval.clip_score needs conditioner.kind={_kinds(lambda kind: kind.is_clip)}"
     if config.data.store_text and not entry.stores_text:
         yield f"data.store_text needs conditioner.kind={_kinds(lambda kind: kind.stores_text)}"
-    if config.data.store_text and config.data.captions is not CaptionForm.text:
-        yield (
-            f"data.store_text keeps the tokens of one caption, but data.captions="
-            f"{config.data.captions} draws one of several: set data.store_text=false"
-        )
     yield from diffusion_problems(config.diffusion)
     yield from sampler_problems(config.sampler, config.diffusion)
     if config.sample.negative_prompt and config.sampler.guidance_scale == 1:

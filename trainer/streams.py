@@ -73,9 +73,9 @@ def _randomness(config: Config) -> Randomness:
     def flip(epochs: Ids, samples: Ids) -> NDArray[np.bool_]:
         return rng.uniform(seed, Purpose.flip, epochs, samples) < 0.5
 
+    forms = [config.data.captions, *(item.captions for item in config.data.mixture)]
+    several = any(form not in (None, CaptionForm.text) for form in forms)
     return Randomness(
         flip=flip if config.data.flip else None,
-        caption=None
-        if config.data.captions is CaptionForm.text
-        else partial(rng.uniform, seed, Purpose.caption),
+        caption=partial(rng.uniform, seed, Purpose.caption) if several else None,
     )

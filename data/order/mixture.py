@@ -39,7 +39,10 @@ def join_latents(
         for shard in manifest.shards
     ]
     latents = _mix(folders, [manifest.latents for manifest in manifests], weights)
-    return base or "/", Manifest(kind=Kind.latents, shards=shards, latents=latents)
+    same = all(manifest.classes == manifests[0].classes for manifest in manifests)
+    classes = manifests[0].classes if same else []
+    joined = Manifest(kind=Kind.latents, shards=shards, classes=classes, latents=latents)
+    return base or "/", joined
 
 
 def _mix(

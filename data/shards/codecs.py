@@ -4,6 +4,7 @@ Untrusted data cannot execute code here: there is no pickle, and data name no co
 size that the data state has a limit.
 """
 
+import codecs
 import io
 import json
 import math
@@ -54,6 +55,15 @@ QUARTER_TURNS = range(5, 9)
 """EXIF orientations that swap width and height."""
 END_OF_JPEG = b"\xff\xd9"
 LATE_EXIF, PNG_DEPTH_AT = b"eXIf", 24
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""First bytes of a text → its encoding. The mark of UTF-32 begins with that of UTF-16."""
+REPLACED_BYTES = "text with bytes that are not of data.encoding: each replaced by U+FFFD"
 CUT_OFF = "JPEG was cut off: the rest is grey"
 BROKEN_EXIF = "EXIF cannot be read: picture taken as it lies"
 PLAIN_PIXELS = PixelConfig()
@@ -223,17 +233,23 @@ def encode_npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def decode_text(payload: Buffer) -> str:
-    """Decode a caption or class from UTF-8, and strip the white space around it.
+def decode_text(payload: Buffer, encoding: str = "utf-8", noted: Counter[str] | None = None) -> str:
+    """Decode a caption or class, and strip the white space around it.
 
-    Raises: BadSampleError where the payload is not UTF-8, or over MAX_TEXT_BYTES.
+    encoding: of the text, unless it begins with a byte order mark. Bytes that do not fit it become
+    U+FFFD. noted: counts REPLACED_BYTES.
+    Raises: BadSampleError where the payload is over MAX_TEXT_BYTES.
     """
     if len(payload) > MAX_TEXT_BYTES:
         raise BadSampleError(f"text of {len(payload)} bytes is over {MAX_TEXT_BYTES}")
+    head = bytes(payload[:4])
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
     try:
-        return str(payload, "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise BadSampleError("text is not UTF-8") from error
+        return str(payload, marked or encoding).strip()
+    except UnicodeDecodeError:
+        if noted is not None:
+            noted[REPLACED_BYTES] += 1
+        return str(payload, marked or encoding, errors="replace").strip()
 
 
 def decode_json(payload: Buffer) -> Any:

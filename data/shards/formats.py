@@ -81,6 +81,20 @@ def readers(payload: bytes | memoryview) -> tuple[str, ...]:
     return OF_PILLOW
 
 
+def extension_of(payload: bytes) -> str:
+    """Return the extension for a picture by its first bytes; `png` for unknown ones."""
+    head = payload[:HEADER_BYTES]
+    starts = {b"\xff\xd8": "jpg", b"BM": "bmp", b"GIF8": "gif", b"II": "tif", b"MM": "tif"}
+    found = next((name for start, name in starts.items() if head.startswith(start)), "png")
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if _is_heif(head):
+        return "heic"
+    if head[4:8] == b"ftyp":
+        return "avif"
+    return "jxl" if _is_jxl(head) else found
+
+
 def jxl_size(payload: bytes | memoryview) -> tuple[int, int] | None:
     """Read (width, height) from the header of a JPEG XL, before a decoder takes memory for it.
 

@@ -32,7 +32,7 @@ MAX_LATENT_VALUES = 2**26
 MAX_STATISTIC = 1e6
 """Largest mean and standard deviation of latents; the inverse is the smallest deviation."""
 
-LATER_ENTRIES: dict[str, Any] = {"noted": {}}
+LATER_ENTRIES: dict[str, Any] = {"noted": {}, "classes": []}
 """Entries that manifests of 0.1.0 lack, empty."""
 
 Ids = NDArray[np.int64]
@@ -141,6 +141,8 @@ class LatentInfo:
     """Whether every sample also has the moments of its mirror image."""
     text_encoder: str = ""
     """Fingerprint of the text encoder whose output every sample has; empty: none has."""
+    captions: str = ""
+    """`CaptionRule.several` of the stored text: it is [captions, T, D]; empty: of one, [T, D]."""
 
     @property
     def text(self) -> bool:
@@ -166,6 +168,8 @@ class Manifest:
     """Counts of the filters, in their order."""
     left_out: list[LeftOut] = field(default_factory=list[LeftOut])
     """Everything that was found and is in no shard, by reason, with examples."""
+    classes: list[str] = field(default_factory=list[str])
+    """Names of the classes, by number; empty: the samples have none, or classes without names."""
     downloads: dict[str, int] = field(default_factory=dict[str, int])
     """img2dataset's counts of images tried, fetched and failed."""
     source: str = ""
@@ -179,6 +183,14 @@ class Manifest:
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run keeps of the data set, as JSON values."""
+        names = ("left_out", "noted", "classes")
+        document = asdict(self)
+        account = {name: document[name] for name in names}
+        return {"found": self.found, "samples": self.samples, **account}
 
     @property
     def found(self) -> int:
@@ -200,6 +212,8 @@ class Manifest:
         """Identity of the data set: the SHA-256 of its kind, shards and latents, at any place."""
         document = asdict(self)
         identity = {name: document[name] for name in ("kind", "shards", "latents")}
+        if self.latents is not None and not self.latents.captions:
+            del identity["latents"]["captions"]  # 0.1.0 had no such entry
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def shards_at(self, folder: str, source: str) -> str:
@@ -299,7 +313,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
         "shards": [_build(Shard, shard) for shard in document["shards"]],
         "filters": [_build(FilterCount, count) for count in document["filters"]],
         "left_out": [_build(LeftOut, entry) for entry in document["left_out"]],
-        "latents": None if latents is None else _build(LatentInfo, latents),
+        "latents": None if latents is None else _build(LatentInfo, {"captions": "", **latents}),
     }
     manifest = _build(Manifest, LATER_ENTRIES | document | entries)
     if manifest.latents is not None:

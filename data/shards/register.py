@@ -8,7 +8,7 @@ with the remaining tars.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,8 +20,8 @@ import numpy as np
 from data import read_ahead
 from data.config import FilterConfig
 from data.shards.account import Fate, LeftOut, Tally
+from data.shards.captions import PLAIN_CAPTIONS, CaptionRule
 from data.shards.codecs import (
-    CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     MAX_ARRAY_BYTES,
     BadSampleError,
@@ -31,12 +31,8 @@ from data.shards.codecs import (
 from data.shards.filters import first_to_drop, rule_text
 from data.shards.index import index_shard
 from data.shards.manifest import Kind, Rejected, Shard
-from data.shards.metadata import (
-    SampleFields,
-    parquet_beside,
-    read_download_counts,
-    read_rows,
-)
+from data.shards.metadata import Rows, SampleFields, parquet_beside, read_download_counts
+from data.shards.splits import draws_of
 from data.shards.tar import refuse_compressed
 from data.storage.atomic import write_atomic
 from data.storage.documents import read_json
@@ -45,11 +41,6 @@ from data.storage.fingerprint import fingerprint
 from data.storage.local_file import Content, pieces_of
 from data.storage.untrusted import read_file
 
-REQUIRED = {
-    Kind.images: (IMAGE_EXTENSIONS, CAPTION_EXTENSIONS),
-    Kind.latents: (("moments.npy",), CAPTION_EXTENSIONS),
-}
-"""Groups of members; a complete sample has at least one member of each group."""
 MAX_RECEIPT_BYTES = 2**27
 """Largest receipt that is read; it lists the rejected samples of a tar."""
 
@@ -57,12 +48,38 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A data set that takes a part of the samples."""
+
+    folder: Path
+    start: float = 0.0
+    stop: float = 1.0
+    """It takes the samples whose `splits.draws` lie in [start, stop)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What decides which samples of a tar are taken, and by which data set."""
+
+    parts: Sequence[Part]
+    """Data sets that share the samples; the first has the account of the tar."""
+    rules: Sequence[FilterConfig] = ()
+    captions: CaptionRule = PLAIN_CAPTIONS
+    empty_captions: bool = True
+    """Whether a sample whose caption has no byte is taken."""
+
+    def identity(self) -> list[Any]:
+        """Return what decides the samples, as JSON values."""
+        parts = [[part.start, part.stop] for part in self.parts]
+        rules = [asdict(rule) for rule in self.rules]
+        return [parts, rules, asdict(self.captions), self.empty_captions]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tar:
     """A tar of images to register as a shard."""
 
-    folder: Path
-    """Folder of the data set."""
     base: str
     """Folder or URL of the tars."""
     name: str
@@ -74,11 +91,6 @@ class Tar:
     def location(self) -> str:
         """Path or URL of the tar."""
         return join_location(self.base, self.name)
-
-    @property
-    def receipt(self) -> Path:
-        """Path of the receipt that `register_tar` writes beside the index."""
-        return self.folder / f"{self.name}.receipt.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,46 +119,83 @@ def state_of(tar: str, rules: Sequence[FilterConfig]) -> str:
     return f"{fingerprint(tar)} {parquet}".strip()
 
 
-def register_shard(
-    folder: Path,
-    name: str,
-    kind: Kind,
-    *,
-    base: str = "",
-    rules: Sequence[FilterConfig] = (),
-) -> Registered:
-    """Index a tar in place, and write the index to the data set's folder.
+def required_members(kind: Kind, captions: CaptionRule = PLAIN_CAPTIONS) -> list[Sequence[str]]:
+    """Return groups of members; a complete sample has at least one member of each group."""
+    if kind is Kind.latents:
+        return [("moments.npy",)]
+    return [IMAGE_EXTENSIONS, captions.members] if captions.required else [IMAGE_EXTENSIONS]
+
+
+def register_shard(folder: Path, name: str, kind: Kind) -> Registered:
+    """Index a tar of a data set's folder, and write the index beside it.
+
+    name: path of the tar, relative to the folder. kind: decides the members of a complete sample.
+    Raises: FileNotFoundError where the tar is missing; OSError where a file cannot be read or
+    written.
+    """
+    (registered,) = register_parts(name, kind, str(folder), Selection([Part(folder)]))
+    return registered
+
+
+def register_parts(name: str, kind: Kind, base: str, selection: Selection) -> list[Registered]:
+    """Index a tar in place, and write an index to the folder of each part of a selection.
 
     name: path of the tar, relative to `base`. kind: decides the members of a complete sample.
-    base: folder or URL of the tars; empty: the data set's folder. rules: drop samples.
+    base: folder or URL of the tars.
+    Returns the results by part; the first has what was left out, but for the filtered samples.
     Raises: FileNotFoundError where the tar is missing; ValueError where the tar is compressed, or
     the parquet beside it, read for the rules, is damaged; OSError where a file cannot be read or
     written.
     """
-    location = join_location(base or str(folder), name)
-    buffer = open_file(location, scratch=folder)
+    location = join_location(base, name)
+    buffer = open_file(location, scratch=selection.parts[0].folder)
     refuse_compressed(location, buffer[:8])
     tally = Tally()
-    index, rejected = index_shard(buffer, REQUIRED[kind], tally)
-    dropped = [0] * len(rules)
-    if rules:
-        rows = read_rows(location, [rule.name for rule in rules])
-        index, unreadable = _filter(index, buffer, rows, rules, dropped, tally)
-        rejected += unreadable
-    for item in rejected:
+    index, rejected = index_shard(buffer, required_members(kind, selection.captions), tally)
+    uncaptioned: list[Rejected] = []
+    if not selection.empty_captions:
+        index, uncaptioned = _without_empty_captions(index, selection.captions)
+    rows = Rows.beside(location, selection.rules)
+    rows.check(index["key"])
+    filtering = _Filter(buffer, rows, selection, rejected + uncaptioned)
+    where = draws_of(index)
+    digest = sha256_of(buffer)
+    found: list[Registered] = []
+    for part in selection.parts:
+        own = filtering.apply(index[(where >= part.start) & (where < part.stop)])
+        payload = encode_npy(own.index)
+        shard = Shard(
+            name=name,
+            samples=len(own.index),
+            size_bytes=len(buffer),
+            sha256=digest,
+            index_sha256=hashlib.sha256(payload).hexdigest(),
+        )
+        write_atomic(part.folder / shard.index_name, payload)
+        found.append(
+            Registered(shard=shard, rejected=[], dropped=own.dropped, left_out=own.tally.entries())
+        )
+    for item in filtering.rejected:
         tally.add(Fate.rejected if item.key else Fate.damaged, item.reason, item.key or name)
-    payload = encode_npy(index)
-    shard = Shard(
-        name=name,
-        samples=len(index),
-        size_bytes=len(buffer),
-        sha256=sha256_of(buffer),
-        index_sha256=hashlib.sha256(payload).hexdigest(),
-    )
-    write_atomic(folder / shard.index_name, payload)
-    rejected = [replace(item, shard=name) for item in rejected]
-    left_out = tally.entries()
-    return Registered(shard=shard, rejected=rejected, dropped=dropped, left_out=left_out)
+    tally.merge(found[0].left_out)
+    rejected = [replace(item, shard=name) for item in filtering.rejected]
+    found[0] = replace(found[0], rejected=rejected, left_out=tally.entries())
+    return found
+
+
+def _without_empty_captions(
+    index: np.ndarray, rule: CaptionRule
+) -> tuple[np.ndarray, list[Rejected]]:
+    """Split off samples whose caption has no byte."""
+    columns = [name for name in rule.members if name in (index.dtype.names or ())]
+    if not columns:
+        return index, []
+    sizes = np.zeros(len(index), np.int64)
+    for name in reversed(columns):  # the first of several is the one that is read
+        there = index[name]["offset"] > 0
+        sizes[there] = index[name]["size"][there]
+    keys = [key.decode() for key in index["key"][sizes == 0].tolist()]
+    return index[sizes > 0], [Rejected(key=key, reason="empty caption") for key in keys]
 
 
 def sha256_of(content: Content) -> str:
@@ -158,14 +207,16 @@ def sha256_of(content: Content) -> str:
 
 
 def register_tars(
-    tars: Sequence[Tar], rules: Sequence[FilterConfig], workers: int, *, anew: bool = False
-) -> Generator[Registered, None, None]:
+    tars: Sequence[Tar], selection: Selection, workers: int, *, anew: bool = False
+) -> Generator[list[Registered], None, None]:
     """Register tars of images in up to `workers` processes; yield results in the order of the tars.
 
-    anew: read every tar, whatever its receipt says.
-    Raises: as `register_shard`; ChildProcessError where a process dies.
+    A result has an entry for each part of the selection. anew: read every tar, whatever its receipt
+    says.
+    Raises: as `register_parts`; ChildProcessError where a process dies.
     """
-    return in_processes(partial(register_tar, rules=rules, anew=anew), tars, workers)
+    work = partial(register_tar, selection=selection, anew=anew)
+    return in_processes(work, tars, workers)
 
 
 def in_processes(
@@ -191,70 +242,94 @@ def in_processes(
                 ) from error
 
 
-def register_tar(tar: Tar, rules: Sequence[FilterConfig], *, anew: bool = False) -> Registered:
-    """Register a tar of images, or read the result from a matching receipt unless `anew`.
+def register_tar(tar: Tar, selection: Selection, *, anew: bool = False) -> list[Registered]:
+    """Register a tar of images, or read the results from a matching receipt unless `anew`.
 
-    Raises: as `register_shard`.
+    Raises: as `register_parts`.
     """
-    options = [tar.location, tar.state, [asdict(rule) for rule in rules]]
+    options = [tar.location, tar.state, *selection.identity()]
     identity = hashlib.sha256(json.dumps(options).encode()).hexdigest()
-    found = None if anew else _read_receipt(tar, identity)
+    found = None if anew else _read_receipt(tar, selection, identity)
     if found is not None:
         return found
-    made = register_shard(tar.folder, tar.name, Kind.images, base=tar.base, rules=rules)
-    made = _count_downloads(tar, made)
-    document = json.dumps({"identity": identity, **asdict(made)}, indent=1)
-    write_atomic(tar.receipt, document.encode())
+    made = register_parts(tar.name, Kind.images, tar.base, selection)
+    made[0] = _count_downloads(tar, made)
+    document = {"identity": identity, "parts": [asdict(one) for one in made]}
+    write_atomic(_receipt(tar, selection), json.dumps(document, indent=1).encode())
     return made
 
 
-def _read_receipt(tar: Tar, identity: str) -> Registered | None:
-    """Read the result from a tar's receipt; None if receipt or index is missing or outdated."""
+def _receipt(tar: Tar, selection: Selection) -> Path:
+    return selection.parts[0].folder / f"{tar.name}.receipt.json"
+
+
+def _read_receipt(tar: Tar, selection: Selection, identity: str) -> list[Registered] | None:
+    """Read the results from a tar's receipt; None if it or an index is missing or outdated."""
+    receipt, made = _receipt(tar, selection), list[Registered]()
     try:
-        document = read_json(tar.receipt, limit=MAX_RECEIPT_BYTES, below=tar.folder)
-        made = Registered(
-            shard=Shard(**document["shard"]),
-            rejected=[Rejected(**item) for item in document["rejected"]],
-            dropped=document["dropped"],
-            downloads=document["downloads"],
-            left_out=[LeftOut(**entry) for entry in document["left_out"]],
-        )
-        path = tar.folder / made.shard.index_name
-        index = read_file(path, limit=MAX_ARRAY_BYTES, below=tar.folder)
+        below = selection.parts[0].folder
+        document = read_json(receipt, limit=MAX_RECEIPT_BYTES, below=below)
+        if document["identity"] != identity:
+            return None
+        for part, entry in zip(selection.parts, document["parts"], strict=True):
+            one = Registered(
+                shard=Shard(**entry["shard"]),
+                rejected=[Rejected(**item) for item in entry["rejected"]],
+                dropped=entry["dropped"],
+                downloads=entry["downloads"],
+                left_out=[LeftOut(**item) for item in entry["left_out"]],
+            )
+            path = part.folder / one.shard.index_name
+            index = read_file(path, limit=MAX_ARRAY_BYTES, below=part.folder)
+            if hashlib.sha256(index).hexdigest() != one.shard.index_sha256:
+                return None
+            made.append(one)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    sound = hashlib.sha256(index).hexdigest() == made.shard.index_sha256
-    return made if sound and document["identity"] == identity else None
+    return made
 
 
-def _filter(
-    index: np.ndarray,
-    payloads: Content,
-    rows: Mapping[str, Mapping[str, Any]],
-    rules: Sequence[FilterConfig],
-    dropped: list[int],
-    tally: Tally,
-) -> tuple[np.ndarray, list[Rejected]]:
-    """Remove the samples that a rule drops, and reject those with an unreadable field.
+@dataclass(frozen=True, slots=True)
+class _Filtered:
+    """The samples of a part that the rules keep, and counts of the others."""
 
-    dropped: counts of each rule, increased here. tally: counts them, too, with examples.
-    """
-    kept = np.ones(len(index), bool)
-    rejected: list[Rejected] = []
-    for number, sample in enumerate(index):
-        key = sample["key"].decode()
-        fields = SampleFields(rows.get(key, {}), partial(_member, payloads, sample))
-        try:
-            rule = first_to_drop(rules, fields)
-        except BadSampleError as error:
-            kept[number] = False
-            rejected.append(Rejected(key=key, reason=str(error)))
-            continue
-        if rule is not None:
-            kept[number] = False
-            dropped[rule] += 1
-            tally.add(Fate.filtered, rule_text(rules[rule]), key)
-    return index[kept], rejected
+    index: np.ndarray
+    dropped: list[int]
+    tally: Tally
+
+
+@dataclass(slots=True)
+class _Filter:
+    """The rules of a selection, with what is needed to apply them to the samples of a tar."""
+
+    payloads: Content
+    rows: Rows
+    selection: Selection
+    rejected: list[Rejected]
+    """Grows by the samples whose fields cannot be read or compared."""
+
+    def apply(self, index: np.ndarray) -> _Filtered:
+        """Remove the samples that a rule drops, and reject those with an unreadable field."""
+        rules = self.selection.rules
+        dropped, tally = [0] * len(rules), Tally()
+        if not rules:
+            return _Filtered(index, dropped, tally)
+        kept = np.ones(len(index), bool)
+        for number, sample in enumerate(index):
+            key = sample["key"].decode()
+            member = partial(_member, self.payloads, sample)
+            fields = SampleFields(self.rows.of(key), member, self.selection.captions)
+            try:
+                rule = first_to_drop(rules, fields)
+            except BadSampleError as error:
+                kept[number] = False
+                self.rejected.append(Rejected(key=key, reason=str(error)))
+                continue
+            if rule is not None:
+                kept[number] = False
+                dropped[rule] += 1
+                tally.add(Fate.filtered, rule_text(rules[rule]), key)
+        return _Filtered(index[kept], dropped, tally)
 
 
 def _member(payloads: Content, sample: np.void, extension: str) -> Buffer | None:
@@ -264,23 +339,24 @@ def _member(payloads: Content, sample: np.void, extension: str) -> Buffer | None
     return payloads[offset : offset + size] if offset else None
 
 
-def _count_downloads(tar: Tar, made: Registered) -> Registered:
-    """Add img2dataset's counts, and compare the number of samples with them."""
-    shard = made.shard
+def _count_downloads(tar: Tar, parts: Sequence[Registered]) -> Registered:
+    """Add img2dataset's counts to the first part, and compare the number of samples with them."""
+    made = parts[0]
     problems: list[str] = []
     downloads: dict[str, int] = {}
     try:
         downloads = read_download_counts(tar.location)
     except BadSampleError as error:
         problems.append(f"_stats.json: {error}")
-    seen = shard.samples + sum(made.dropped) + sum(bool(item.key) for item in made.rejected)
+    seen = sum(part.shard.samples + sum(part.dropped) for part in parts)
+    seen += sum(bool(item.key) for item in made.rejected)
     if downloads.get("successes", 0) > seen:
         problems.append("fewer samples in the tar than its _stats.json counts")
-    rejected = [Rejected(key="", reason=problem, shard=shard.name) for problem in problems]
+    rejected = [Rejected(key="", reason=problem, shard=made.shard.name) for problem in problems]
     tally = Tally()
     tally.merge(made.left_out)
     for problem in problems:
-        tally.add(Fate.damaged, problem, shard.name)
+        tally.add(Fate.damaged, problem, made.shard.name)
     return replace(
         made,
         rejected=made.rejected + rejected,

@@ -10,11 +10,11 @@ from data.shards.account import Fate, Tally
 from data.shards.codecs import IMAGE_EXTENSIONS
 from data.shards.index import OTHER_PICTURES, unread_picture
 from data.shards.manifest import Rejected
+from data.sources.caption_tables import TABLES
+from data.sources.coco import is_annotation
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 """Picture that `trainer.pack … stats=true` writes into a data set's folder."""
-TABLES = ("captions.csv", "captions.parquet", "metadata.jsonl")
-"""Tables of captions, directly in the folder."""
 WAYS = {
     "tar": "for tars set data.source.kind=webdataset",
     "tgz": "unpack it, and for tars set data.source.kind=webdataset",
@@ -84,10 +84,10 @@ def list_files(folder: Path, own: Iterable[Path]) -> Listing:
             listing.images.append(name)
         elif extension in OTHER_PICTURES:
             listing.rejected.append(Rejected(key=name, reason=unread_picture(extension)))
-        elif extension == "txt":
-            texts.append(name)
-        elif name in TABLES:
+        elif name in TABLES or is_annotation(name):
             listing.inputs.append(name)
+        elif extension in ("txt", "json"):
+            texts.append(name)
         else:
             kind = f".{extension}" if extension else "file without an extension"
             way = WAYS.get(extension, "no picture and no caption")
@@ -98,7 +98,8 @@ def list_files(folder: Path, own: Iterable[Path]) -> Listing:
         if name.rpartition(".")[0] in stems:
             listing.inputs.append(name)
         else:
-            listing.left_alone.add(Fate.left_alone, ".txt: no image of this name", name)
+            kind = PurePosixPath(name).suffix
+            listing.left_alone.add(Fate.left_alone, f"{kind}: no image of this name", name)
     return listing
 
 

@@ -1,6 +1,7 @@
 """Parse JSON and YAML of bounded size and depth, from files that a stranger may have written."""
 
 import json
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -73,6 +74,15 @@ def is_json_object(value: object) -> TypeGuard[dict[str, Any]]:
 def is_json_array(value: object) -> TypeGuard[list[Any]]:
     """Say whether a value decoded from JSON is an array."""
     return isinstance(value, list)
+
+
+def lookup(fields: Mapping[str, Any], name: str) -> object:
+    """Find a field by its name, or by a dotted path into nested objects; None if it is missing."""
+    if name in fields:
+        return fields[name]
+    outer, dot, inner = name.partition(".")
+    nested = fields.get(outer)
+    return lookup(nested, inner) if dot and is_json_object(nested) else None
 
 
 class _PlainLoader(yaml.SafeLoader):

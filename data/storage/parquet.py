@@ -8,9 +8,10 @@ import faulthandler
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from typing import Any, BinaryIO
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from enum import StrEnum, auto
+from typing import Any, BinaryIO, Self
 
 import pyarrow
 from pyarrow import compute, parquet
@@ -19,15 +20,25 @@ _arrow: Any = pyarrow
 """The module without its types, which pyarrow does not declare."""
 _compute: Any = compute
 
-Columns = Mapping[str, bool]
-"""Name of a column → whether it holds text, numbers or booleans."""
+
+class ColumnKind(StrEnum):
+    """What a column holds: text or one number or boolean a row; bytes; anything else."""
+
+    plain = auto()
+    binary = auto()
+    other = auto()
+
+
+Columns = Mapping[str, ColumnKind]
+"""Name of a column → what it holds."""
 
 MAX_CELL_BYTES = 2**20
 MAX_FIXED_BYTES = 64
 """Largest width of a column of fixed-size values, such as decimals."""
 MAX_VALUES = 2**26
 """Largest number of values in a column; a column of lists holds several in a row."""
-BATCH_ROWS = 256
+BATCH_ROWS, IMAGE_ROWS = 256, 16
+"""Rows that are read at once, without and with a column of images."""
 LONGEST_LOOK_S = 60
 """Longest time for a look at the chunks of a file."""
 
@@ -46,24 +57,86 @@ def read_parquet(
     that are not UTF-8 become halves of surrogate pairs.
     Raises: ValueError with one line where the file is not sound parquet, or over a limit.
     """
+    table = ParquetTable(source)
+    columns = choose(table.columns)
+    yield from table.read(columns, max_rows=max_rows, max_bytes=max_bytes)
+
+
+class ParquetTable:
+    """An open parquet file.
+
+    source: the open file, or its bytes.
+    Raises: ValueError with one line where the file is not sound parquet.
+    """
+
+    def __init__(self, source: BinaryIO | bytes) -> None:
+        self._source = source
+        with one_line(), _open(source) as file:
+            self.columns: Columns = {one.name: kind_of(one.type) for one in file.schema_arrow}
+            self.metadata: dict[bytes, bytes] = file.schema_arrow.metadata or {}
+            self.rows: int = file.metadata.num_rows
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not isinstance(self._source, bytes):
+            self._source.close()
+
+    def read(
+        self,
+        columns: list[str],
+        *,
+        images: str = "",
+        max_cell_bytes: int = MAX_CELL_BYTES,
+        max_rows: int = MAX_VALUES,
+        max_bytes: int = 2**44,
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the rows: {name of a column: value}.
+
+        images: a column of images, whose cells are large and differ. max_cell_bytes: largest text
+        or image. max_bytes: of the chosen columns, without compression.
+        Raises: ValueError with one line where the file is damaged, or over a limit.
+        """
+        with one_line():
+            with _open(self._source) as file:
+                leaves = _leaves(file.schema, columns)
+                _check_size(file.metadata, leaves, max_rows, max_bytes)
+                texts = [
+                    path
+                    for path, leaf in leaves.items()
+                    if leaf.physical_type == "BYTE_ARRAY" and path.split(".")[0] != images
+                ]
+            rows = IMAGE_ROWS if images else BATCH_ROWS
+            with _open(self._source, texts) as file:
+                for group in range(file.num_row_groups):  # each has dictionaries of its own
+                    batches = file.iter_batches(rows, [group], columns)
+                    yield from rows_of(batches, max_cell_bytes)
+
+
+@contextmanager
+def one_line() -> Generator[None, None, None]:
+    """Turn the errors of pyarrow into ValueError with one line."""
     try:
-        with _open(source) as file:
-            columns = choose({column.name: _is_plain(column.type) for column in file.schema_arrow})
-            leaves = _leaves(file.schema, columns)
-            _check_size(file.metadata, leaves, max_rows, max_bytes)
-            texts = [path for path, leaf in leaves.items() if leaf.physical_type == "BYTE_ARRAY"]
-        seen: dict[str, str] = {}
-        with _open(source, texts) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for column in batch.columns:
-                    _check_cells(column)
-                for row in _rows(batch):
-                    yield {
-                        name: seen.setdefault(value, value) if isinstance(value, str) else value
-                        for name, value in row.items()
-                    }
+        yield
     except (_arrow.ArrowException, OSError, OverflowError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
+
+
+def rows_of(batches: Iterable[Any], max_cell_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of record batches of pyarrow; equal texts share their memory.
+
+    Raises: ValueError where a cell is over the limit.
+    """
+    seen: dict[str, str] = {}
+    for batch in batches:
+        for column in batch.columns:
+            _check_cells(column, max_cell_bytes)
+        for row in _rows(batch):
+            yield {
+                name: seen.setdefault(value, value) if isinstance(value, str) else value
+                for name, value in row.items()
+            }
 
 
 def read_file_metadata(payload: bytes) -> dict[bytes, bytes]:
@@ -103,14 +176,23 @@ def _open(source: BinaryIO | bytes, texts: list[str] | None = None) -> Any:
     return parquet.ParquetFile(file, read_dictionary=texts)
 
 
-def _is_plain(column: Any) -> bool:
+def kind_of(column: Any) -> ColumnKind:
+    """Return what a column of a type of pyarrow holds."""
     types = _arrow.types
-    numbers = (types.is_integer, types.is_floating, types.is_boolean)
-    return _is_text(column) or any(check(column) for check in numbers)
+    if types.is_dictionary(column):
+        return kind_of(column.value_type)
+    plain = (_is_text, types.is_integer, types.is_floating, types.is_boolean, types.is_decimal)
+    if any(check(column) for check in plain):
+        return ColumnKind.plain
+    raw = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return ColumnKind.binary if any(check(column) for check in raw) else ColumnKind.other
 
 
 def _is_text(column: Any) -> bool:
-    return _arrow.types.is_string(column) or _arrow.types.is_large_string(column)
+    types = _arrow.types
+    return any(
+        check(column) for check in (types.is_string, types.is_large_string, types.is_string_view)
+    )
 
 
 def _leaves(schema: Any, columns: list[str]) -> dict[str, Any]:
@@ -162,17 +244,18 @@ def _check_chunks(about: Any) -> None:
         raise ValueError("its statistics do not fit its columns")
 
 
-def _check_cells(column: Any) -> None:
+def _check_cells(column: Any, limit: int) -> None:
     """Raise ValueError where a text of a batch's column, or of one nested in it, is too long."""
     kind, types = column.type, _arrow.types
     if types.is_dictionary(kind):
-        _check_cells(column.dictionary)
+        _check_cells(column.dictionary, limit)
     elif types.is_struct(kind):
         for number in range(kind.num_fields):
-            _check_cells(column.field(number))
+            _check_cells(column.field(number), limit)
     elif types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
-        _check_cells(column.values)
-    elif types.is_binary(kind) or types.is_string(kind):
-        longest = _compute.max(_compute.binary_length(column)).as_py() or 0
-        if longest > MAX_CELL_BYTES:
-            raise ValueError(f"a text of {longest} bytes is over the limit of {MAX_CELL_BYTES}")
+        _check_cells(column.values, limit)
+    elif _is_text(kind) or kind_of(kind) is ColumnKind.binary:
+        plain = column.cast(_arrow.large_binary())
+        longest = _compute.max(_compute.binary_length(plain)).as_py() or 0
+        if longest > limit:
+            raise ValueError(f"a text of {longest} bytes is over the limit of {limit}")

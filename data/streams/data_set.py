@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from data.config import DataConfig
 from data.order.lanes import LanePlan
 from data.order.mixture import MixturePlan, join_latents, share_lanes
 from data.order.plan import Plan
+from data.shards.captions import CaptionRule
 from data.shards.manifest import Kind, Manifest, ManifestError
 from data.shards.reader import ShardReader
 
@@ -26,6 +27,10 @@ class OpenDataSet:
     reader: ShardReader
     identity: str
     """Hash of the samples and their numbers."""
+    caption_rules: Sequence[CaptionRule]
+    """Places of captions: of the data set, or of each set of a mixture."""
+    caption_rule: Callable[[str], CaptionRule]
+    """Name of a shard → place of its captions."""
     make_plan: Callable[..., Plan]
     """(seed, lanes, block, global_batch) → the order of the samples in training."""
 
@@ -39,13 +44,15 @@ def open_data_set(
     that makes the data set, for errors.
     Raises: ManifestError where the data set is missing, damaged or of another kind.
     """
-    manifest = _load(folder, kind, option, command)
+    manifest, rule = _load(folder, kind, option, command), CaptionRule.of(config)
     return OpenDataSet(
         option=option,
         command=command,
         manifest=manifest,
         reader=ShardReader(folder, manifest, config.cache, source=config.source.path),
         identity=manifest.hash,
+        caption_rules=[rule],
+        caption_rule=lambda _: rule,
         make_plan=partial(LanePlan, manifest.shard_sizes),
     )
 
@@ -64,6 +71,10 @@ def open_mixture(config: DataConfig, *, command: str) -> OpenDataSet:
         for number, folder in enumerate(folders)
     ]
     folder, manifest = join_latents(folders, manifests, weights)
+    rules = [CaptionRule.of(config, item) for item in config.mixture]
+    of_each = zip(rules, manifests, strict=True)
+    repeated = [rule for rule, one in of_each for _ in one.shards]
+    names = (shard.name for shard in manifest.shards)
     text = json.dumps([manifest.hash, share_lanes(weights, config.lanes).tolist()])
     return OpenDataSet(
         option="data.mixture",
@@ -71,6 +82,8 @@ def open_mixture(config: DataConfig, *, command: str) -> OpenDataSet:
         manifest=manifest,
         reader=ShardReader(folder, manifest, config.cache),
         identity=hashlib.sha256(text.encode()).hexdigest(),
+        caption_rules=rules,
+        caption_rule=dict(zip(names, repeated, strict=True)).__getitem__,
         make_plan=partial(MixturePlan, [one.shard_sizes for one in manifests], weights),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from data.config import CaptionForm, DataConfig
+from data.config import DataConfig
 from data.order.batches import Share
 from data.shards.codecs import BadSampleError, decode_npy
 from data.shards.manifest import Kind, ManifestError
@@ -33,6 +33,8 @@ class ArrayMember(NamedTuple):
     layout: ArrayLayout
     mirrored: bool = False
     """Whether mirrored visits read flip.NAME.npy instead."""
+    of_captions: bool = False
+    """Whether a sample has an array for each of its captions: the layout is that of one."""
 
     def extension(self, flip: bool) -> str:
         """Return the extension of the stored array."""
@@ -88,14 +90,16 @@ class LatentStream(Stream):
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         """Read the samples of the common layout together, then the others one by one."""
         arrays: dict[str, np.ndarray] = {}
-        sound = np.ones(len(samples), bool)
+        together = not any(member.of_captions for member in self._members)
+        sound = np.full(len(samples), together)
         for member in self._members:
             places = samples.members(member.extension(flip=False))
             if member.mirrored and visits.flip.any():
                 mirrored = samples.members(member.extension(flip=True))
                 places[visits.flip] = mirrored[visits.flip]
             arrays[member.name] = self._buffers[member.name].take(len(samples))
-            sound &= samples.copy(places, member.layout, arrays[member.name])
+            if together:
+                sound &= samples.copy(places, member.layout, arrays[member.name])
         # after the arrays: captions lie beside them, and are now in the processor's cache
         captions, readable = self._captions(samples, visits.draw)
         rows = Rows(keys=samples.keys(), captions=captions, arrays=arrays, bad={})
@@ -111,18 +115,23 @@ class LatentStream(Stream):
 
         Raises: BadSampleError where a member is missing, damaged or of another layout.
         """
+        captions, place = self._draw_caption(stored, visits.draw[row])
         for member in self._members:
             array = decode_npy(stored.payload(member.extension(bool(visits.flip[row]))))
+            if member.of_captions:
+                if array.ndim != len(member.layout.shape) + 1 or len(array) != len(captions):
+                    raise BadSampleError(f"{member.name} {array.shape} of {len(captions)} captions")
+                array = array[place]
             if (array.dtype, array.shape) != (member.layout.dtype, member.layout.shape):
                 raise BadSampleError(f"{member.name} of {array.dtype} {array.shape}")
             rows.arrays[member.name][row] = array
-        rows.captions[row] = self._choose_caption(stored, visits.draw[row])
+        rows.captions[row] = captions[place]
 
     def _captions(
         self, samples: StoredBatch, draws: np.ndarray
     ) -> tuple[list[str], NDArray[np.bool_]]:
         """Return the captions [B], and whether each could be read: [B] bool."""
-        if self.config.captions is CaptionForm.text:
+        if all(rule.is_plain for rule in self.data_set.caption_rules):
             captions, sound = samples.texts(samples.members("txt", "cls"))
             if self.caption_problem is not no_problem:
                 sound &= [not self.caption_problem(caption) for caption in captions]
@@ -156,7 +165,17 @@ def _find_members(data_set: OpenDataSet, config: DataConfig, *, flip: bool) -> l
                 f"data.store_text: {option} has no text embeddings; set data.store_text=false, or "
                 f"delete the shards and run `{command}` again"
             )
-        members.append(ArrayMember("text", _find_layout(data_set, "text", dimensions=2)))
+        several = {rule.several for rule in data_set.caption_rules}
+        if several != {info.captions}:
+            raise ValueError(
+                f"data.captions: {option} has text of {info.captions or 'one caption'}, not of "
+                f"{' or '.join(several) or 'one caption'}; set data.store_text=false, or delete "
+                f"the shards and run `{command}` again"
+            )
+        layout = _find_layout(data_set, "text", dimensions=3 if info.captions else 2)
+        if info.captions:
+            layout = ArrayLayout.of(layout.dtype, layout.shape[1:])
+        members.append(ArrayMember("text", layout, of_captions=bool(info.captions)))
     return members
 
 

@@ -17,7 +17,7 @@ from data.order.batches import Share
 from data.order.cursor import VERSION, Cursor
 from data.order.plan import Plan
 from data.shards.cache import Prefetcher
-from data.shards.captions import choose_caption
+from data.shards.captions import read_captions
 from data.shards.codecs import BadSampleError
 from data.shards.manifest import Ids, Rejected
 from data.shards.stored import StoredBatch, StoredSample
@@ -241,10 +241,20 @@ class Stream(ABC):
 
         Raises: BadSampleError where it cannot be read, or has a `caption_problem`.
         """
-        caption = choose_caption(stored.member, self.config.captions, draw)
-        if problem := self.caption_problem(caption):
+        captions, place = self._draw_caption(stored, draw)
+        return captions[place]
+
+    def _draw_caption(self, stored: StoredSample, draw: float) -> tuple[list[str], int]:
+        """Return all captions of a sample, and the number of the one that is drawn.
+
+        Raises: as `_choose_caption`.
+        """
+        rule = self.data_set.caption_rule(stored.shard.name)
+        captions = read_captions(stored.member, rule)
+        place = captions.place(draw)
+        if problem := self.caption_problem(captions.texts[place]):
             raise BadSampleError(problem)
-        return caption
+        return captions.texts, place
 
     def _caption(self, stored: StoredSample) -> str | None:
         try:

@@ -76,5 +76,5 @@ def test_too_many_bad_samples_stop_every_rank_with_one_line(
     ended = run_command("trainer", *overrides, ranks=2)
     assert ended.code != 0
     assert re.search(
-        r"data\.max_rejected_share: \d of 38 samples of data\.latents are bad", ended.said
+        r"data\.max_rejected_share: \d of 39 samples of data\.latents are bad", ended.said
     )

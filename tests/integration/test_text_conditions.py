@@ -1,8 +1,10 @@
 """Training on captions that an encoder pads, and on several captions a sample."""
 
+import json
 import shutil
 from collections import Counter
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from data.config import CaptionForm
 from models.condition import Condition
+from models.conditioning.conditioners import build_conditioner
 from tests.support.text_encoders import WORDS, bert, write_tokenizer
 from tests.support.workshop import Workshop, draw_pictures, losses
 from trainer.pack.job import pack
@@ -110,3 +114,39 @@ def test_visits_take_other_captions_whatever_the_ranks(workshop: Workshop, tmp_p
     counts = Counter(caption for step in whole for caption in step)
     assert set(counts) == {"one", "two", "three"}
     assert min(counts.values()) > 12  # of 72 visits
+
+
+@pytest.mark.parametrize("form", ["lines", "json"])
+def test_the_stored_text_is_that_of_the_caption_that_is_drawn(
+    workshop: Workshop, tmp_path: Path, form: str
+) -> None:
+    names = [f"{color} {thing}" for color in ("red", "blue") for thing in ("one", "two")]
+    texts = ["\n".join(names[: 1 + number % 4]) for number in range(24)]
+    draw_pictures(tmp_path / "pictures", captions=texts)
+    if form == "json":
+        lines = [
+            json.dumps({"file_name": f"{n:03d}.png", "text": names[: 1 + n % 4]}) for n in range(24)
+        ]
+        (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(lines))
+    shutil.copy(workshop.folder / "first_stage_4.safetensors", tmp_path)
+    options = [f"data.captions={form}", "data.store_text=true", "data.source.val_share=0"]
+    config = Workshop(tmp_path).config("emoji", *options)
+    pack(config)
+    precompute(config)
+    text = build_conditioner(config.conditioner)
+    stream = open_latents(config, Ranks(0, 1, torch.device("cpu")))
+    seen: set[str] = set()
+    with closing(stream.steps(0)) as steps:
+        for step in islice(steps, 9):
+            for part in step:
+                with torch.no_grad():
+                    expected = text(part.captions, (8, 8)).tokens
+                torch.testing.assert_close(
+                    part.arrays["text"].float(), expected, rtol=2e-3, atol=2e-3
+                )
+                seen.update(part.captions)
+    assert seen == set(names)
+    other = {"lines": "json", "json": "lines"}[form]
+    with pytest.raises(ValueError, match=rf"^data\.captions: .* text of {form}"):
+        changed = replace(config, data=replace(config.data, captions=CaptionForm(other)))
+        open_latents(changed, Ranks(0, 1, torch.device("cpu")))

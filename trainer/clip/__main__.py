@@ -9,7 +9,7 @@ from trainer.cli import main
 
 OPTIONS = """
     clip conditioner.model data.dir data.train data.val
-    data.image_size data.captions data.cache run.seed
+    data.image_size data.captions data.caption_fields[] data.encoding data.cache run.seed
 """
 
 if __name__ == "__main__":

@@ -11,9 +11,19 @@ class PackConfig:
 
     max_rejected: float = 0.05
     """[share, ≥ 0, ≤ 1] Packing ends with an error if more of the samples that were found cannot be
-    used."""
+    used. A set too small for the share, such as one of 19 for 0.05, may lose two."""
     verify: PackVerify = PackVerify.sampled
     """How a second run finds out whether its source has changed."""
+    min_side: int = 0
+    """[pixels, ≥ 0, ≤ 65536] Leave out pictures whose short side is smaller; 0: take all."""
+    max_enlarge: float = 0.0
+    """[1, ≥ 0, ≤ 10^6] Leave out pictures whose short side would grow by a larger factor to
+    data.image_size; 0: take all."""
+    dry_run: bool = False
+    """Say how many samples, shards and bytes packing and precomputing would make, and how long
+    packing would take, from a sample of the source."""
+    propose: bool = False
+    """Look at data.source.path, and print the YAML of an experiment that fits, with reasons."""
 
 
 @dataclass(slots=True, kw_only=True)

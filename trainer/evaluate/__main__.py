@@ -11,7 +11,7 @@ from trainer.cli import main
 
 OPTIONS = """
     run checkpoint.load ema.use eval sampler data.dir data.train data.val
-    data.image_size data.captions data.cache logger.wandb
+    data.image_size data.captions data.caption_fields[] data.encoding data.cache logger.wandb
 """
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from trainer.cli import main
 
 OPTIONS = """
     data.source data.dir data.train data.val data.image_size data.filters data.filters[]
-    data.pixels
+    data.captions data.caption_fields data.caption_fields[] data.encoding data.pixels
     pack verify stats
 """
 

@@ -1,12 +1,11 @@
 """Pack raw images and captions into WebDataset shards with offset indexes and manifests."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from tqdm import tqdm
 from data.config import DataConfig, SourceKind
 from data.shards import filters
 from data.shards.account import SAMPLES, Fate, Tally, total
+from data.shards.captions import CaptionRule
+from data.shards.codecs import BadSampleError
 from data.shards.manifest import (
     FILE_NAME,
     REJECTED_NAME,
@@ -26,21 +27,25 @@ from data.shards.manifest import (
     Shard,
     encode_ledger,
 )
-from data.shards.metadata import aspect
 from data.shards.reader import ShardReader
-from data.shards.register import Tar, register_tars, state_of
+from data.shards.register import Part, Registered, Selection, Tar, register_tars, state_of
 from data.shards.stored import StoredSample
 from data.shards.writer import ShardSetWriter
-from data.sources.sources import NotChosen, RawSample, Source, hash_share, open_source
+from data.sources.samples import NotChosen, RawSample, Source
+from data.sources.sources import open_source
 from data.sources.tars import list_tars_of
 from data.storage.atomic import write_atomic
-from data.storage.files import join_location, size_bytes
+from data.storage.files import join_location, local_path, size_bytes
 from data.storage.lease import NAME as LEASE
 from data.storage.lease import take
 from data.text import printable
 from trainer.config import Config, PackVerify
+from trainer.pack.forecast import print_forecast
 from trainer.pack.origin import Origin
-from trainer.pack.stats import print_statistics
+from trainer.pack.proposal import print_proposal
+from trainer.pack.samples import first_to_drop, members_of, with_size_rules
+from trainer.pack.sizes import size_lines
+from trainer.pack.stats import measured_sides, print_statistics
 from trainer.pack.summary import print_summary, refuse_losses
 from trainer.pack.verify import verify
 from trainer.runtime.progress import byte_bar
@@ -53,7 +58,7 @@ def pack(config: Config) -> None:
     """Write the image data sets `data.train` and, if `data.source.val_share` > 0, `data.val`.
 
     A second run on the same source does nothing; a run after a kill completes them.
-    With `verify` or `stats`, the data sets are only read.
+    With `verify`, `stats`, `pack.dry_run` or `pack.propose` nothing is written but contact sheets.
 
     Raises:
         ValueError: a folder already holds another data set, the source has no usable sample or
@@ -67,6 +72,16 @@ def pack(config: Config) -> None:
         print_statistics(config.data)
     if config.verify or config.stats:
         return
+    config = replace(config, data=with_size_rules(config))
+    if config.pack.propose:
+        print_proposal(config)
+    elif config.pack.dry_run:
+        print_forecast(config)
+    else:
+        _pack(config)
+
+
+def _pack(config: Config) -> None:
     with ExitStack() as leases:
         for option, folder in _targets(config.data).items():
             leases.enter_context(take(folder / LEASE, f"choose another {option}"))
@@ -90,6 +105,14 @@ class _Split:
     """Number of the rule in data.filters → samples that it dropped."""
     downloads: Counter[str] = field(default_factory=Counter[str])
     """Name of a count by img2dataset → its value, such as failed downloads."""
+
+    def add(self, tar: Registered) -> None:
+        """Add a tar."""
+        self.shards.append(tar.shard)
+        self.rejected += tar.rejected
+        self.dropped.update(dict(enumerate(tar.dropped)))
+        self.downloads.update(tar.downloads)
+        self.tally.merge(tar.left_out)
 
 
 def _targets(data: DataConfig) -> dict[str, Path]:
@@ -161,12 +184,16 @@ def _write_shards(config: Config) -> None:
             if not isinstance(item, RawSample):
                 _leave_out(splits["data.train"], item)
                 continue
-            in_val = hash_share(item.group) < data.source.val_share
+            in_val = item.draw < data.source.val_share
             split = splits["data.val" if in_val else "data.train"]
-            rule = filters.first_to_drop(data.filters, _fields(item).get)
+            try:
+                rule = first_to_drop(data, item)
+            except BadSampleError as error:
+                _leave_out(split, Rejected(key=item.name, reason=str(error)))
+                continue
             if rule is None:
                 split.noted += item.noted
-                (val if in_val else train).write(_members(item))
+                (val if in_val else train).write(members_of(item))
                 continue
             split.dropped[rule] += 1
             split.tally.add(Fate.filtered, filters.rule_text(data.filters[rule]), item.name)
@@ -174,7 +201,14 @@ def _write_shards(config: Config) -> None:
     splits["data.train"].shards = train.shards
     if "data.val" in splits:
         splits["data.val"].shards = val.shards
-    _publish(config, origin, splits, image_size=source.image_size, licence=source.licence)
+    about = Manifest(
+        kind=Kind.images,
+        shards=[],
+        image_size=source.image_size,
+        licence=source.licence,
+        classes=list(source.classes),
+    )
+    _publish(config, origin, splits, about)
 
 
 def _is_full(config: Config) -> bool:
@@ -189,20 +223,25 @@ def _refuse_other_bytes(data: DataConfig, source: Source) -> None:
         samples = ShardReader(str(folder), manifest).find(np.arange(manifest.samples))
         packed[option] = iter(samples)
     for item in tqdm(source, desc="compare", unit="image", disable=None):
-        if not isinstance(item, RawSample):
+        if not isinstance(item, RawSample) or not _is_kept(data, item):
             continue
-        if filters.first_to_drop(data.filters, _fields(item).get) is not None:
-            continue
-        option = "data.val" if hash_share(item.group) < data.source.val_share else "data.train"
+        option = "data.val" if item.draw < data.source.val_share else "data.train"
         stored = next(packed[option], None)
         if stored is None or any(
-            stored.member(name) != payload for name, payload in _members(item).items()
+            stored.member(name) != payload for name, payload in members_of(item).items()
         ):
             raise ManifestError(
                 f"{option}: {printable(item.name)} at data.source.path has changed since it was "
                 "packed; delete the folder, or choose another data.dir"
             )
     print("Compared: every byte is the one that was packed.")
+
+
+def _is_kept(data: DataConfig, sample: RawSample) -> bool:
+    try:
+        return first_to_drop(data, sample) is None
+    except BadSampleError:
+        return False
 
 
 def _leave_out(split: _Split, item: Rejected | NotChosen) -> None:
@@ -213,34 +252,8 @@ def _leave_out(split: _Split, item: Rejected | NotChosen) -> None:
     split.tally.add(Fate.rejected, item.reason, item.key)
 
 
-def _fields(sample: RawSample) -> dict[str, object]:
-    """Return the fields of a sample that `data.filters` can name."""
-    return {
-        **sample.metadata,
-        "width": sample.width,
-        "height": sample.height,
-        "aspect": aspect(sample.width, sample.height),
-        "caption_length": len(sample.caption),
-    }
-
-
-def _members(sample: RawSample) -> dict[str, bytes]:
-    facts = {
-        **sample.metadata,
-        "width": sample.width,
-        "height": sample.height,
-        "sha256": hashlib.sha256(sample.image).hexdigest(),
-        "source": sample.name,
-    }
-    return {
-        sample.extension: sample.image,
-        "txt": sample.caption.encode(),
-        "json": json.dumps(facts, ensure_ascii=False).encode(),
-    }
-
-
 def _register_tars(config: Config) -> None:
-    """Write indexes and manifests for existing tars; whole tars go to data.val."""
+    """Write indexes and manifests for existing tars, whose samples both data sets share."""
     data = config.data
     base, names = list_tars_of(data.source.path)
     try:
@@ -258,71 +271,56 @@ def _register_tars(config: Config) -> None:
     )
     if not _is_full(config) and _already_packed(data, origin):
         return
-    val_count = max(1, round(data.source.val_share * len(names))) if data.source.val_share else 0
-    val_names = set(sorted(names, key=hash_share)[:val_count])
-    if len(val_names) == len(names):
-        raise ValueError(
-            f"data.source.val_share: {len(names)} tar at {data.source.path} leaves none to train on"
-        )
     targets = _targets(data)
-    options = ["data.val" if name in val_names else "data.train" for name in names]
+    share = data.source.val_share
+    parts = [Part(targets["data.train"], share, 1.0)]
+    if "data.val" in targets:
+        parts.append(Part(targets["data.val"], 0.0, share))
+    rule = CaptionRule.of(data)
+    selection = Selection(parts, data.filters, rule, empty_captions=not rule.required)
     tars = [
-        Tar(folder=targets[option], base=base, name=name, state=state)
-        for option, name, state in zip(options, names, states, strict=True)
+        Tar(base=base, name=name, state=state) for name, state in zip(names, states, strict=True)
     ]
     splits = {option: _Split() for option in targets}
-    with (
-        closing(
-            register_tars(tars, data.filters, data.source.workers, anew=_is_full(config))
-        ) as registered,
-        byte_bar(sum(sizes.values()), "pack") as bar,
-    ):
-        for option, made in zip(options, registered, strict=True):
-            split = splits[option]
-            split.shards.append(made.shard)
-            split.rejected += made.rejected
-            split.dropped.update(dict(enumerate(made.dropped)))
-            split.downloads.update(made.downloads)
-            split.tally.merge(made.left_out)
-            is_damaged = any(entry.fate == Fate.damaged for entry in made.left_out)
-            if is_damaged and not made.shard.samples + total(made.left_out, *SAMPLES):
-                split.empty_tars.append(made.shard.name)
-            bar.update(made.shard.size_bytes)
-    _publish(config, origin, splits, base=base)
+    registering = register_tars(tars, selection, data.source.workers, anew=_is_full(config))
+    with closing(registering) as registered, byte_bar(sum(sizes.values()), "pack") as bar:
+        for made in registered:
+            for split, part in zip(splits.values(), made, strict=True):
+                split.add(part)
+            train, packed = made[0], sum(part.shard.samples for part in made)
+            is_damaged = any(entry.fate == Fate.damaged for entry in train.left_out)
+            if is_damaged and not packed + total(train.left_out, *SAMPLES):
+                splits["data.train"].empty_tars.append(train.shard.name)
+            bar.update(train.shard.size_bytes)
+    _publish(config, origin, splits, Manifest(kind=Kind.images, shards=[], base=base))
 
 
-def _publish(
-    config: Config,
-    origin: Origin,
-    splits: dict[str, _Split],
-    *,
-    image_size: int = 0,
-    licence: str = "",
-    base: str = "",
-) -> None:
+def _publish(config: Config, origin: Origin, splits: dict[str, _Split], about: Manifest) -> None:
+    """Write the manifests; about: what they all say of the source."""
     data = config.data
     manifests: dict[str, Manifest] = {}
     for option, folder in _targets(data).items():
         split = splits[option]
         kept = sum(shard.samples for shard in split.shards)
         dropped = [split.dropped[number] for number in range(len(data.filters))]
-        manifests[option] = Manifest(
-            kind=Kind.images,
+        manifests[option] = replace(
+            about,
             shards=split.shards,
-            image_size=image_size,
-            licence=licence,
             rejected=dict(Counter(item.reason for item in split.rejected)),
             noted=dict(split.noted),
             filters=filters.count(data.filters, dropped, kept),
             left_out=split.tally.entries(),
             downloads=dict(split.downloads),
             source=origin.text(),
-            base="" if base == str(folder.absolute()) else base,
+            base="" if about.base == str(folder.absolute()) else about.base,
         )
     _refuse_unusable(config, splits, manifests)
     for option, folder in _targets(data).items():
         manifests[option].save(folder, splits[option].rejected)
         print_summary(option, folder, manifests[option])
+    train = manifests["data.train"]
+    if local_path(train.shards_at(data.train, data.source.path)) is not None:
+        print("\n".join(size_lines(measured_sides(data, train), data.image_size)))
 
 
 def _refuse_unusable(

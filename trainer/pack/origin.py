@@ -5,8 +5,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.secrets import public
+from data.shards.captions import CaptionRule
 from data.storage.documents import DocumentError, is_json_object, parse_json
 from data.text import printable
 
@@ -35,14 +36,23 @@ class Origin:
     @classmethod
     def of(cls, data: DataConfig, raw: str, *, former: str = "", files: str = "") -> "Origin":
         """Collect the options that decide the shards; raw, former, files: as the fields."""
-        source = data.source
+        source, plain = data.source, SourceConfig()
+        later = {
+            f"data.source.{name}": getattr(source, name)
+            for name in ("file_field", "caption_field", "image_field", "label_field")
+            if getattr(source, name) != getattr(plain, name)
+        }
+        if (rule := CaptionRule.of(data)) != CaptionRule(required=source.require_captions):
+            later["data.captions"] = [rule.form.value, rule.fields, rule.encoding]
         return cls(
+            # options that came later count where they are set: earlier entries lack them
             {
                 "data.source.kind": source.kind.value,
                 "data.source.shard_samples": source.shard_samples,
                 "data.source.val_share": source.val_share,
                 "data.source.require_captions": source.require_captions,
                 "data.filters": [asdict(rule) for rule in data.filters],
+                **json.loads(json.dumps(later)),
             },
             raw,
             former or raw,
@@ -73,9 +83,9 @@ class Origin:
             return f"one or more of {', '.join([*self.options, RAW])}"
         own = json.loads(self.text())
         found = [
-            f"{path} was {_shown(other.get(path))} and is {_shown(value)}"
-            for path, value in own.items()
-            if path not in (RAW, HIDDEN, FILES) and other.get(path) != value
+            f"{path} was {_shown(other.get(path))} and is {_shown(own.get(path))}"
+            for path in {**own, **other}
+            if path not in (RAW, HIDDEN, FILES) and other.get(path) != own.get(path)
         ]
         if not found and other.get(HIDDEN) != own.get(HIDDEN):
             found = ["a value from the environment in data.filters has changed"]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from data.sources.listing import CONTACT_SHEET_NAME
 from data.storage.atomic import write_atomic
 from data.storage.files import local_path
 from data.text import printable
+from trainer.pack.sizes import size_lines
 from trainer.pictures.sheets import contact_sheet
 
 PICTURES = 64
@@ -51,10 +53,20 @@ def print_statistics(data: DataConfig) -> None:
             )
             if len(samples) < manifest.samples:
                 print(f"  measured on {len(samples):,} samples, spread evenly over the set:")
-            print("\n".join(_measurements(reader, samples)))
+            print("\n".join(_measurements(reader, samples, data.image_size)))
             print(_note("contact sheet", _draw(folder, reader, samples)))
         else:
             print("\n".join(_latents(manifest.latents)))
+
+
+def measured_sides(data: DataConfig, manifest: Manifest) -> list[tuple[int, int]]:
+    """Return (width, height) in pixels of a sample of the pictures in data.train."""
+    reader = ShardReader(data.train, manifest, data.cache, source=data.source.path)
+    sides: list[tuple[int, int]] = []
+    for stored in reader.find(even_sample(manifest)):
+        with suppress(BadSampleError):
+            sides.append(image_size(_member(stored, IMAGE_EXTENSIONS)))
+    return sides
 
 
 def even_sample(manifest: Manifest) -> NDArray[np.int64]:
@@ -112,7 +124,7 @@ def _counts(manifest: Manifest) -> Iterator[str]:
         )
 
 
-def _measurements(reader: ShardReader, samples: NDArray[np.int64]) -> Iterator[str]:
+def _measurements(reader: ShardReader, samples: NDArray[np.int64], size: int) -> Iterator[str]:
     """Measure sides of images, from their headers alone, and lengths of captions."""
     sides: list[tuple[int, int]] = []
     lengths: list[int] = []
@@ -132,6 +144,7 @@ def _measurements(reader: ShardReader, samples: NDArray[np.int64]) -> Iterator[s
     yield _spread("caption (characters)", lengths)
     for reason, count in unreadable.most_common():
         yield _row("unreadable", f"{count:,}") + f"  {reason}"
+    yield from (f"  {line}" for line in size_lines(sides, size))
 
 
 def _draw(folder: str, reader: ShardReader, samples: NDArray[np.int64]) -> str:

@@ -9,6 +9,8 @@ from data.shards.manifest import REJECTED_NAME, Manifest
 
 SHOWN = 5
 """Most reasons in one line."""
+TOLERATED = 2
+"""Lost samples that a set may have if it is too small for a share: they are named."""
 
 
 def account_lines(manifest: Manifest) -> Iterator[str]:
@@ -35,6 +37,9 @@ def print_summary(option: str, folder: Path, manifest: Manifest) -> None:
     for rule in manifest.filters:
         names = f" ({', '.join(examples[rule.rule])})" if rule.rule in examples else ""
         print(f"  filter {rule.rule}: {rule.kept} kept, {rule.dropped} dropped{names}")
+        if not (rule.kept and rule.dropped):
+            effect = "everything" if rule.dropped else "nothing"
+            print(f"  warning: filter {rule.rule} drops {effect}: are its name and bounds right?")
     if manifest.licence:
         print(f"  licence: {manifest.licence}")
 
@@ -55,7 +60,8 @@ def refuse_losses(
     lost, empty = total(rejected, Fate.rejected), list(empty_tars)
     tars = sum(len(manifest.shards) for manifest in manifests.values())
     share = max(lost / max(found, 1), len(empty) / max(tars, 1))
-    if share <= allowed:
+    too_few = 0 < found * allowed < 1  # one sample is already more than the share
+    if share <= allowed or (too_few and lost <= TOLERATED and not empty):
         return
     reasons: list[LeftOut | str] = [*rejected[:SHOWN]]
     if empty:

@@ -8,10 +8,11 @@ from functools import partial
 import numpy as np
 
 from data.config import DataConfig
+from data.shards.captions import PLAIN_CAPTIONS, CaptionRule
 from data.shards.codecs import BadSampleError
 from data.shards.index import decode_index, index_shard
 from data.shards.manifest import Manifest, ManifestError, Shard, data_sets
-from data.shards.register import REQUIRED, in_processes, sha256_of
+from data.shards.register import in_processes, required_members, sha256_of
 from data.storage.files import join_location, open_file
 from data.text import printable
 from trainer.runtime.progress import byte_bar
@@ -44,7 +45,9 @@ def _verify(option: str, folder: str, manifest: Manifest, data: DataConfig) -> i
     """Print the differences in one data set, and return their number."""
     found = 0
     shards_at = manifest.shards_at(folder, data.source.path)
-    compare = partial(differences_of, folder, manifest, shards_at=shards_at)
+    compare = partial(
+        differences_of, folder, manifest, shards_at=shards_at, captions=CaptionRule.of(data)
+    )
     with (
         closing(in_processes(compare, manifest.shards, data.source.workers)) as results,
         byte_bar(manifest.size_bytes, option) as bar,
@@ -63,12 +66,17 @@ def _verify(option: str, folder: str, manifest: Manifest, data: DataConfig) -> i
 
 
 def differences_of(
-    folder: str, manifest: Manifest, shard: Shard, *, shards_at: str = ""
+    folder: str,
+    manifest: Manifest,
+    shard: Shard,
+    *,
+    shards_at: str = "",
+    captions: CaptionRule = PLAIN_CAPTIONS,
 ) -> list[str]:
     """Compare a shard with its index and both with the manifest; return the differences.
 
     folder: path or URL of the data set. shard: one of the manifest's shards. shards_at: path or URL
-    of the shards; empty: the data set's folder.
+    of the shards; empty: the data set's folder. captions: place of the captions.
     """
     try:
         tar = open_file(join_location(shards_at or folder, shard.name))
@@ -88,10 +96,12 @@ def differences_of(
         return [*found, "its index cannot be read"]
     if len(index) != shard.samples:
         found.append(f"{len(index)} samples in its index, not {shard.samples}")
-    derived, rejected = index_shard(tar, REQUIRED[manifest.kind])
+    derived, rejected = index_shard(tar, required_members(manifest.kind, captions))
     if index.dtype != derived.dtype or not np.array_equal(index, derived):
         reasons = {item.key: item.reason for item in rejected}
-        samples = list(_sample_differences(index, derived, reasons, bool(manifest.filters)))
+        samples = list(
+            _sample_differences(index, derived, reasons, bool(manifest.filters or manifest.base))
+        )
         found += samples[:MAX_SAMPLES_NAMED]
         if len(samples) > MAX_SAMPLES_NAMED:
             found.append(f"and {len(samples) - MAX_SAMPLES_NAMED} samples more")
@@ -104,7 +114,7 @@ def _sample_differences(
     """Compare the stored index of a tar with a new one.
 
     reasons: key → reason of the samples that cannot be indexed.
-    filtered: whether data.filters may have left samples out of the stored index.
+    filtered: whether options may have left samples of the tar out of the stored index.
     """
     stored, present = _members(index), _members(derived)
     for key, members in stored.items():

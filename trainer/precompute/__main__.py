@@ -8,7 +8,8 @@ Examples:
 from trainer.cli import main
 
 OPTIONS = """
-    precompute data.dir data.train data.latents data.image_size data.flip data.captions
+    precompute data.dir data.train data.latents data.image_size data.flip
+    data.captions data.caption_fields[] data.encoding
     data.pixels data.store_text data.max_rejected_share data.cache autoencoder conditioner
 """
 

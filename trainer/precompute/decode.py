@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.read_ahead import with_processes, with_thread
-from data.shards.captions import choose_caption
+from data.shards.captions import CaptionRule, read_captions
 from data.shards.codecs import CAPTION_EXTENSIONS, BadSampleError
 from data.shards.manifest import Manifest, Rejected, Shard
 from data.shards.reader import ShardReader
@@ -41,7 +41,8 @@ class Samples(NamedTuple):
 
     piece: Piece
     keys: list[str]
-    captions: list[str]
+    captions: list[list[str]]
+    """All captions of each good sample."""
     copied: list[dict[str, bytes]]
     """Members of each good sample that are copied: captions and metadata, by extension."""
     rejected: list[Rejected]
@@ -54,6 +55,7 @@ class Decoder:
 
     def __init__(self, config: Config, images: Manifest) -> None:
         self._size, self._data = config.data.image_size, config.data
+        self._rule = CaptionRule.of(config.data)
         self._reader = ShardReader(
             config.data.train, images, config.data.cache, source=config.data.source.path
         )
@@ -72,14 +74,14 @@ class Decoder:
                     for extension in COPIED_EXTENSIONS
                     if sample.has(extension)
                 }
-                caption = choose_caption(members.get, self._data.captions)
+                captions = read_captions(members.get, self._rule, samples.noted)
                 image = decode_square(sample, self._size, self._data.pixels, samples.noted)
             except BadSampleError as error:
                 samples.rejected.append(sample.rejected(error))
             else:
                 samples.keys.append(sample.key)
                 pixels.append(image)
-                samples.captions.append(caption)
+                samples.captions.append(captions.texts)
                 samples.copied.append(members)
         shape = (len(pixels), self._size, self._size, 3)
         stacked = np.stack(pixels) if pixels else np.zeros(shape, np.uint8)

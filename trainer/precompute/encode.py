@@ -1,12 +1,14 @@
 """Encode images to moments of the posterior, and captions to text tokens."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.shards import transforms
+from data.shards.captions import CaptionRule
 from models.conditioning.conditioners import build_conditioner
 from models.conditioning.text import Text, text_fingerprint
 from models.first_stage import autoencoder
@@ -42,9 +44,9 @@ class DeviceEvent:
 class Encoded(NamedTuple):
     """The encoded batch; its copy to the host is complete once `wait` returns."""
 
-    arrays: dict[str, Tensor]
-    """Member of the latent shard → moments [B, 2, C, h, w] or text tokens [B, T, D], float16 on the
-    CPU."""
+    arrays: dict[str, Sequence[Tensor]]
+    """Member of the latent shard → of each sample moments [2, C, h, w], or text tokens [T, D], of
+    several captions [captions, T, D]; float16 on the CPU."""
     forward: tuple[DeviceEvent, DeviceEvent]
     """Start and end of the forward passes."""
     arrived: DeviceEvent
@@ -79,15 +81,16 @@ class Encoder:
             "precision": config.precompute.precision.value,
             "flip": self._flip,
             "text_encoder": text_fingerprint(text) if text else "",
+            "captions": CaptionRule.of(config.data).several if text else "",
         }
         self._first_stage = first_stage.to(self._device, self._dtype).eval()
         self._text = text.to(self._device) if text else None
 
     @torch.inference_mode()
-    def __call__(self, pixels: Tensor, captions: list[str]) -> Encoded:
+    def __call__(self, pixels: Tensor, captions: Sequence[Sequence[str]]) -> Encoded:
         """Start to encode a batch, and return without waiting for the device.
 
-        pixels: [B, H, W, 3] uint8 on the CPU; captions: [B].
+        pixels: [B, H, W, 3] uint8 on the CPU; captions: [B], all captions of each sample.
         """
         if self._device.type == "cuda":
             pixels = pixels.pin_memory()  # only copies from pinned memory run in parallel
@@ -100,7 +103,15 @@ class Encoder:
         if self._flip:
             arrays["flip.moments.npy"] = self._first_stage.encode(images.flip(3))
         if self._text is not None:
-            arrays["text.npy"] = self._text(captions, (height, width)).tokens
+            texts = [text for of_sample in captions for text in of_sample]
+            parts = [
+                self._text(texts[start : start + len(pixels)], (height, width)).tokens
+                for start in range(0, len(texts), len(pixels))
+            ]
+            arrays["text.npy"] = torch.cat(parts)
         end = DeviceEvent(self._device)
-        arrays = {name: value.half().to("cpu", non_blocking=True) for name, value in arrays.items()}
-        return Encoded(arrays, (begin, end), DeviceEvent(self._device))
+        host = {name: value.half().to("cpu", non_blocking=True) for name, value in arrays.items()}
+        rows: dict[str, Sequence[Tensor]] = {name: list(value) for name, value in host.items()}
+        if self.identity["captions"]:
+            rows["text.npy"] = host["text.npy"].split([len(of_sample) for of_sample in captions])
+        return Encoded(rows, (begin, end), DeviceEvent(self._device))

@@ -30,6 +30,7 @@ OPTIONS = {
     "precision": "precompute.precision",
     "flip": "data.flip",
     "text_encoder": "data.store_text or conditioner.pretrained",
+    "captions": "data.captions or data.caption_fields",
 }
 """Entry of an identity → the options that determine it."""
 
@@ -113,7 +114,7 @@ class LatentFolder:
             different = [
                 option
                 for entry, option in OPTIONS.items()
-                if receipt.identity.get(entry) != self.identity[entry]
+                if receipt.identity.get(entry, "") != self.identity[entry]
             ]
             if different:
                 others.append(f"{source.name} ({', '.join(different)})")

@@ -11,6 +11,7 @@ from contextlib import closing
 
 import numpy as np
 
+from data.shards.account import Fate, Tally
 from data.shards.manifest import (
     FILE_NAME,
     REJECTED_NAME,
@@ -129,12 +130,18 @@ def _manifest(
     for receipt in receipts:
         noted.update(receipt.noted)
     square = [math.fsum(s) / count for s in zip(*(r.square_sums for r in usable), strict=True)]
+    tally = Tally()
+    tally.merge(images.left_out)
+    for item in rejected:
+        tally.add(Fate.rejected, item.reason, item.key)
     return Manifest(
         kind=Kind.latents,
         shards=[Shard(**receipt.shard) for receipt in receipts],
         image_size=config.data.image_size,
         licence=images.licence,
+        classes=images.classes,
         rejected=dict(Counter(item.reason for item in rejected)),
+        left_out=tally.entries(),
         noted=dict(noted),
         filters=images.filters,
         latents=LatentInfo(
@@ -146,6 +153,7 @@ def _manifest(
             std=[math.sqrt(max(s - m**2, 0.0)) for s, m in zip(square, mean, strict=True)],
             flip=folder.identity["flip"],
             text_encoder=folder.identity["text_encoder"],
+            captions=folder.identity["captions"],
         ),
     )
 

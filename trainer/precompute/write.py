@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data.shards.codecs import BadSampleError, encode_npy
@@ -96,15 +98,17 @@ class _LatentShard:
         self.rejected: list[Rejected] = []
         self.noted: Counter[str] = Counter()
 
-    def add(self, samples: Samples, arrays: dict[str, Tensor]) -> None:
+    def add(self, samples: Samples, arrays: Mapping[str, Sequence[Tensor]]) -> None:
         """Append a batch; reject samples with a value that is not finite.
 
         arrays: see `Encoded.arrays`.
         """
-        finite = np.ones(len(samples.keys), bool)
-        for values in arrays.values():
-            finite &= values.flatten(1).isfinite().all(1).numpy()
-        mean, log_variance = arrays["moments.npy"].double().flatten(3).numpy().swapaxes(0, 1)
+        finite = [
+            all(bool(values[row].isfinite().all()) for values in arrays.values())
+            for row in range(len(samples.keys))
+        ]
+        moments = torch.stack(list(arrays["moments.npy"]))
+        mean, log_variance = moments.double().flatten(3).numpy().swapaxes(0, 1)
         sums = np.stack([mean.sum(2), (mean**2 + np.exp(log_variance)).sum(2)], axis=1)
         for row, key in enumerate(samples.keys):
             if not finite[row]:
@@ -121,7 +125,7 @@ class _LatentShard:
                 continue
             self._sums.append(sums[row])
             self._count += mean.shape[2]
-            self._shape = list(arrays["moments.npy"].shape[2:])
+            self._shape = list(moments.shape[2:])
 
     def close(self) -> Receipt:
         """Rename the shard to its final name, and return its receipt."""

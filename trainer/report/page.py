@@ -27,7 +27,7 @@ from trainer.report.charts import (
     short,
     training_charts,
 )
-from trainer.report.tables import checkpoints, comparison, events, quarantine, sweeps
+from trainer.report.tables import account, checkpoints, comparison, events, quarantine, sweeps
 from trainer.runs.history import LARGEST, RunFolder, read_run
 from trainer.runs.paths import REPORT
 
@@ -119,6 +119,7 @@ def render(runs: Sequence[RunFolder], now_s: float) -> str:
         sweeps=list(sweeps(run)),
         checkpoints=checkpoints(run),
         quarantine=quarantine(run),
+        account=account(run),
         colour=colour_name,
         written=time.strftime("%Y-%m-%d %H:%M", time.localtime(now_s)),
     )

@@ -8,12 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from data.storage.documents import DocumentError, is_json_object, parse_json
+from data.storage.documents import DocumentError, is_json_array, is_json_object, parse_json
 from data.storage.untrusted import read_text
 from data.text import printable
 from trainer.config.metrics import axis_label, find_number
 from trainer.pictures.charts import pareto_chart, smoothed
 from trainer.report.charts import Chart, metric_names, short
+from trainer.runs.data_set import read_data_set
 from trainer.runs.history import Event, RunFolder
 from trainer.runs.paths import CHECKPOINTS, MANIFEST, QUARANTINE, STEPS, SWEEPS
 from trainer.runs.sweeps import TABLE, SweepTable
@@ -125,6 +126,41 @@ def quarantine(run: RunFolder) -> Table | None:
     return Table(
         head=["Sample", "Shard", "Reason"], rows=rows, note=f"{len(entries):,} in all: {counts}"
     )
+
+
+def account(run: RunFolder) -> Table | None:
+    """List what became of the samples of the data set; None for a run that does not tell it."""
+    try:
+        found = read_data_set(run.path)
+    except (OSError, ValueError):
+        return None
+    left_out = found.get("left_out")
+    entries = [one for one in left_out if is_json_object(one)] if is_json_array(left_out) else []
+    rows = [
+        [
+            printable(str(entry.get("fate"))),
+            _count(entry.get("count")),
+            printable(str(entry.get("reason"))),
+            printable(", ".join(map(str, _list(entry.get("examples"))))),
+        ]
+        for entry in entries[:MOST_ROWS]
+    ]
+    noted = found.get("noted")
+    remarks = noted.items() if is_json_object(noted) else ()
+    rows += [["noted", _count(count), printable(str(remark)), ""] for remark, count in remarks]
+    if not found:
+        return None
+    numbers = _count(found.get("found")), _count(found.get("samples"))
+    note = "Of {} samples found, {} are used.".format(*numbers)
+    return Table(head=["", "Samples", "Reason", "Examples"], rows=rows, note=note)
+
+
+def _count(value: object) -> str:
+    return f"{value:,}" if type(value) is int else "–"
+
+
+def _list(value: object) -> list[Any]:
+    return value if is_json_array(value) else []
 
 
 def _stated_bytes(entry: object) -> int:

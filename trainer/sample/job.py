@@ -15,12 +15,14 @@ from tqdm import tqdm
 from data.shards.codecs import MAX_IMAGE_BYTES, BadSampleError, decode_image
 from data.shards.transforms import square
 from data.storage.untrusted import read_file
+from models.config import ConditionerKind
 from models.diffusion.samplers import num_steps
 from trainer.checkpoints.reader import chosen_checkpoint
 from trainer.config import Config, SampleConfig
 from trainer.pictures.png import read_about, save_picture, save_png
 from trainer.pictures.sheets import contact_sheet
 from trainer.pipeline import Pipeline
+from trainer.runs.data_set import numbers_of, read_classes
 from trainer.runs.paths import SAMPLES, step_name
 from trainer.runtime.ranks import Ranks, join
 
@@ -39,6 +41,9 @@ def draw(config: Config) -> None:
     """
     options = config.sample
     prompts = read_prompts(options) * options.images_per_prompt
+    captions = prompts
+    if config.conditioner.kind is ConditionerKind.class_label:
+        captions = numbers_of(prompts, read_classes(Path(config.run.dir)))
     image = read_image(options.init_image, config.data.image_size) if options.init_image else None
     strength = 1.0 if image is None else options.strength
     ranks = join()
@@ -51,7 +56,7 @@ def draw(config: Config) -> None:
     with tqdm(total=total, desc="sampling", unit="image step", disable=hidden) as bar:
         for part in parts:
             images = pipeline.draw(
-                [prompts[number] for number in part],
+                [captions[number] for number in part],
                 part,
                 options.seed,
                 lambda _, latents: _advance(bar, len(latents)),

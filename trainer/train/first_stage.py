@@ -231,6 +231,11 @@ def build_first_stage(config: Config, ranks: Ranks) -> FirstStageTask:
     rng.seed_torch(config.run.seed)
     module = untrained(config)
     if config.autoencoder.weights:
+        if not Path(config.autoencoder.weights).is_file():
+            raise FileNotFoundError(
+                f"autoencoder.weights: no file at {config.autoencoder.weights}: add "
+                "autoencoder.weights='' to train the first stage from scratch"
+            )
         load_first_stage(module.autoencoder, Path(config.autoencoder.weights))
     module.to(ranks.device)
     adversary = None

@@ -8,6 +8,7 @@ from trainer.checkpoints.identity import Difference, check_resume
 from trainer.checkpoints.reader import Checkpoint, latest_checkpoint
 from trainer.config import Config
 from trainer.engine.engines import checkpoint_layout
+from trainer.runs.data_set import write_data_set
 from trainer.runs.events import add_event
 from trainer.runs.paths import CHECKPOINTS
 from trainer.runs.record import open_run
@@ -41,7 +42,7 @@ def open_training(config: Config, ranks: Ranks) -> TrainingStart:
     if checkpoint is None:
         task, loaded = begin_with(config, ranks)
         if ranks.is_main:
-            open_run(config)
+            write_data_set(open_run(config), task.stream.manifest.facts)
             _skipped(folder, 0, damaged)
             add_event(folder, 0, "start", **({"loaded": loaded.about} if loaded else {}))
         return TrainingStart(task, None, loaded.optimizer_of if loaded else None)
@@ -49,7 +50,7 @@ def open_training(config: Config, ranks: Ranks) -> TrainingStart:
     task = build_task(with_weights(config, ""), ranks)  # the checkpoint has the weights
     _check(config, task, checkpoint)
     if ranks.is_main:
-        open_run(config)
+        write_data_set(open_run(config), task.stream.manifest.facts)
         _skipped(folder, checkpoint.step, damaged)
         _tell(config, checkpoint, changes)
     return TrainingStart(task, checkpoint, None)

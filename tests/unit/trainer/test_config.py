@@ -102,11 +102,6 @@ def test_the_best_checkpoint_must_be_saved_when_it_is_evaluated(every: int) -> N
         load_config(options)
 
 
-def test_stored_text_is_of_one_caption() -> None:
-    with pytest.raises(ValueError, match=r"data\.store_text keeps .* set data\.store_text=false"):
-        load_config(["+experiment=emoji", "data.store_text=true", "data.captions=json"])
-
-
 def test_a_negative_prompt_needs_guidance() -> None:
     options = ["+experiment=emoji", "sample.negative_prompt=a face", "sampler.guidance_scale=1"]
     with pytest.raises(ValueError, match=r"sample\.negative_prompt .* sampler\.guidance_scale=1"):

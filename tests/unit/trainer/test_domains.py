@@ -22,7 +22,11 @@ OPTIONS = [
     if option.type != "list of sections"
 ]
 NUMBERS = [option for option in OPTIONS if option.domain.kind in (int, float)]
-LIST_ITEMS = ["data.filters=[{name: width, min: 1}]", "data.mixture=[{latents: x, weight: 1}]"]
+LIST_ITEMS = [
+    "data.filters=[{name: width, min: 1}]",
+    "data.mixture=[{latents: x, weight: 1}]",
+    "data.caption_fields=[{name: x}]",
+]
 
 
 def first_item(path: str) -> str:

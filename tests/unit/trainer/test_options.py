@@ -38,7 +38,9 @@ def test_tables_hold_every_path_once() -> None:
     assert len(found) == len(set(found))
     outside_lists = {path for path in found if path and "[]" not in path}
     assert outside_lists == set(paths())
-    assert {path for path in found if path.endswith("[]")} == {"data.mixture[]", "data.filters[]"}
+    assert {path for path in found if path.endswith("[]")} == {
+        *("data.mixture[]", "data.filters[]", "data.caption_fields[]")
+    }
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataConfig, MixtureConfig
+from data.config import CaptionForm, DataConfig, MixtureConfig
 from data.order.batches import Share
 from data.order.lanes import LanePlan
 from data.order.mixture import MixturePlan, join_latents, share_lanes
@@ -148,6 +148,33 @@ def test_a_stream_reads_every_set_of_a_mixture(two_sets: list[str], tmp_path: Pa
             assert np.array_equal(batch.arrays["moments"][row], moments(number))
         first_epoch.update(batch.index[batch.epoch == 0].tolist())
     assert set(first_epoch.values()) == {1}
+
+
+def test_each_set_of_a_mixture_has_its_place_of_captions(
+    latent_set: Factory, tmp_path: Path
+) -> None:
+    def more(number: int) -> dict[str, bytes]:
+        return {"json": b'{"short": "drawing %d"}' % number}
+
+    for name, samples in (("photos", 20), ("drawings", 12)):
+        latent_set(samples, more=more)
+        (tmp_path / "latents").rename(tmp_path / name)
+    config = data_config(tmp_path, lanes=4)
+    config.mixture = [
+        MixtureConfig(latents=str(tmp_path / "photos"), weight=3),
+        MixtureConfig(
+            latents=str(tmp_path / "drawings"),
+            weight=1,
+            captions=CaptionForm.json,
+            caption_field="short",
+        ),
+    ]
+    stream = LatentStream.open(config, Share(seed=0, global_batch=8, micro_batch=8))
+    for (batch,) in islice(stream.steps(0), 10):
+        for row, index in enumerate(batch.index.tolist()):
+            expected = f"caption {index}" if index < 20 else f"drawing {index - 20}"
+            assert batch.captions[row] == expected
+    assert stream.captions(np.array([3, 25])) == ["caption 3", "drawing 5"]
 
 
 def test_the_cursor_of_a_mixture_tells_its_shares(two_sets: list[str], tmp_path: Path) -> None:

@@ -212,8 +212,8 @@ def test_an_array_over_the_size_cap_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_text() -> None:
     assert decode_text(" a café \n".encode()) == "a café"
-    with pytest.raises(BadSampleError, match="UTF-8"):
-        decode_text(b"\xff")
+    assert decode_text(b"caf\xe9 ") == "caf\ufffd"
+    assert decode_text(b"caf\xe9", "cp1252") == decode_text("café".encode("utf-16")) == "café"
     with pytest.raises(BadSampleError, match="over 65536"):
         decode_text(b"a" * 65537)
 

@@ -2,9 +2,13 @@
 
 import json
 import math
+from collections.abc import Mapping
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -14,11 +18,13 @@ from pyarrow import parquet
 from data.config import FilterConfig, Missing
 from data.shards import filters
 from data.shards.codecs import BadSampleError
-from data.shards.metadata import SampleFields, lookup, read_download_counts, read_rows
+from data.shards.metadata import Rows, SampleFields, read_download_counts
+from data.storage.documents import lookup
 from tests.support.data_sets import png
 from trainer.cli import load_config
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+SCORE = [FilterConfig(name="score", max=1)]
 
 
 @pytest.mark.parametrize(
@@ -27,16 +33,17 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
         (5, True),
         (7.0, True),
         ("5.5", True),
+        (Decimal("5.25"), True),
+        (b"6", True),
         (4.999, False),
         (8, False),
-        ("nothing", False),
+        (Decimal("4.99"), False),
         ("", False),
         (None, False),
         (math.nan, False),
-        ("nan", False),
+        (Decimal("NaN"), False),
         (True, False),
-        ([6], False),
-        ({"a": 6}, False),
+        ([], False),
         (math.inf, False),
     ],
 )
@@ -48,7 +55,7 @@ def test_bounds_are_optional_and_true_is_one() -> None:
     assert filters.keeps(FilterConfig(name="x", min=1), True)
     assert not filters.keeps(FilterConfig(name="x", min=1), False)
     assert filters.keeps(FilterConfig(name="x", max=1), -math.inf)
-    assert filters.keeps(FilterConfig(name="x", min=1), 10**400) is False
+    assert filters.keeps(FilterConfig(name="x", min=1), 10**400)
 
 
 @pytest.mark.parametrize(
@@ -60,22 +67,75 @@ def test_bounds_are_optional_and_true_is_one() -> None:
         (3, True),
         (3.0, True),
         (3.5, False),
+        (Decimal("3.00"), True),
+        (b"en", True),
+        (date(2024, 2, 1), True),
+        (datetime(2024, 2, 1, 12), False),
         (None, False),
         (True, True),
         (False, False),
         (math.nan, False),
-        (["en"], False),
     ],
 )
 def test_allowed_keeps_the_values_that_it_names(value: object, kept: bool) -> None:
-    assert filters.keeps(FilterConfig(name="x", allowed=["en", "3", "true"]), value) is kept
+    rule = FilterConfig(name="x", allowed=["en", "3", "true", "2024-02-01"])
+    assert filters.keeps(rule, value) is kept
 
 
-@pytest.mark.parametrize("absent", [None, math.nan, [], "no number"])
+@pytest.mark.parametrize("absent", [None, math.nan, Decimal("NaN"), [], {}, "", b""])
 def test_a_missing_field_is_kept_where_the_rule_says_so(absent: object) -> None:
     assert filters.keeps(FilterConfig(name="x", max=1, missing=Missing.keep), absent)
-    text = None if absent == "no number" else absent
-    assert filters.keeps(FilterConfig(name="x", allowed=["a"], missing=Missing.keep), text)
+    assert filters.keeps(FilterConfig(name="x", allowed=["a"], missing=Missing.keep), absent)
+    assert not filters.keeps(FilterConfig(name="x", max=1), absent)
+
+
+@pytest.mark.parametrize(
+    ("value", "type_"),
+    [
+        ("UNSURE", "text"),
+        (b"\xff", "text"),
+        ("nan", "text"),
+        ([0.1], "a list"),
+        ({"a": 0.1}, "an object"),
+        (datetime(2024, 2, 1), "a datetime"),
+    ],
+)
+@pytest.mark.parametrize("missing", Missing)
+def test_what_cannot_be_compared_is_neither_kept_nor_dropped(
+    value: object, type_: str, missing: Missing
+) -> None:
+    with pytest.raises(BadSampleError, match=f"^x is {type_}, no number to compare$"):
+        filters.keeps(FilterConfig(name="x", max=0.5, missing=missing), value)
+    if not isinstance(value, str | bytes | date):
+        with pytest.raises(BadSampleError, match=f"^x is {type_}, no text to find in `allowed`$"):
+            filters.keeps(FilterConfig(name="x", allowed=["a"], missing=missing), value)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.binary(),
+    st.decimals(),
+    st.datetimes(),
+    st.lists(st.integers()),
+    st.dictionaries(st.text(), st.integers()),
+)
+
+
+@settings(max_examples=500)
+@given(VALUES, st.floats(-1e9, 1e9), st.sampled_from(Missing))
+def test_any_value_is_kept_dropped_or_named(value: object, bound: float, missing: Missing) -> None:
+    rule = FilterConfig(name="x", max=bound, missing=missing)
+    try:
+        kept = filters.keeps(rule, value)
+    except BadSampleError:
+        assert filters.as_number(value) is None
+        return
+    number = filters.as_number(value)
+    assert kept is ((missing is Missing.keep) if number is None else number <= bound)
 
 
 def test_rules_read_as_words() -> None:
@@ -124,7 +184,7 @@ def test_fields_are_found_by_name_and_by_path() -> None:
     assert lookup(fields, "d.0") is lookup(fields, "x") is lookup(fields, "d.e") is None
 
 
-def fields_of(row: dict[str, Any] | None = None, **members: bytes) -> SampleFields:
+def fields_of(row: Mapping[str, Any] | None = None, **members: bytes) -> SampleFields:
     return SampleFields(row or {}, members.get)
 
 
@@ -154,7 +214,7 @@ def test_a_side_of_zero_has_no_aspect() -> None:
         ({"json": b"[1]"}, "x", "JSON is not an object"),
         ({"json": b'{"x": ' * 40 + b"1" + b"}" * 40}, "x", "JSON is nested deeper"),
         ({"png": b"no image"}, "width", "image cannot be decoded"),
-        ({"txt": b"\xff"}, "caption_length", "text is not UTF-8"),
+        ({"txt": b"a" * 2**17}, "caption_length", "text of 131072 bytes is over"),
     ],
 )
 def test_what_cannot_be_read_is_a_bad_sample(
@@ -173,24 +233,52 @@ def test_rows_are_joined_by_key_with_the_columns_that_are_needed(tmp_path: Path)
         {"key": ["a", "b"], "score": [1.5, None], "deep": [{"er": 1}, None], "other": [0, 0]}
     )
     parquet.write_table(table, tmp_path / "0.parquet")
-    rows = read_rows(str(tmp_path / "0.tar"), ["score", "deep.er", "width"])
-    assert rows == {
+    rules = [FilterConfig(name=name, max=1) for name in ("score", "deep.er", "width")]
+    rows = Rows.beside(str(tmp_path / "0.tar"), rules)
+    assert rows.rows == {
         "a": {"key": "a", "score": 1.5, "deep": {"er": 1}},
         "b": {"key": "b", "score": None, "deep": None},
     }
-    assert fields_of(rows["a"])("deep.er") == 1
-    assert read_rows(str(tmp_path / "1.tar"), ["score"]) == {}
+    assert fields_of(rows.of("a"))("deep.er") == 1
+    assert rows.of("c") == Rows.beside(str(tmp_path / "1.tar"), rules).of("a") == {}
+
+
+@pytest.mark.parametrize(
+    "keys", [pa.array([7, 12]), pa.array(["007", "012"]), pa.array([b"007", b"012"])]
+)
+def test_keys_join_by_number_text_and_bytes(tmp_path: Path, keys: Any) -> None:
+    parquet.write_table(pa.table({"key": keys, "score": [0.5, 1.5]}), tmp_path / "0.parquet")
+    rows = Rows.beside(str(tmp_path / "0.tar"), SCORE)
+    rows.check(np.array([b"007", b"012", b"013"]))
+    assert [rows.of(key).get("score") for key in ("007", "012", "013")] == [0.5, 1.5, None]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["x", "y"], r"no 'key' in it, such as x, names a sample of the tar, such as 07"),
+        ([7, 8], r"two samples of the tar have the same number with other zeros"),
+        ([7.0, 8.0], r"column 'key' holds float"),
+        ([None, None], r"column 'key' holds NoneType"),
+    ],
+)
+def test_keys_that_join_nothing_or_two_are_named(
+    tmp_path: Path, keys: list[Any], message: str
+) -> None:
+    parquet.write_table(pa.table({"key": keys, "score": [0.5, 1.5]}), tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match=rf"0\.parquet: .*{message}"):
+        Rows.beside(str(tmp_path / "0.tar"), SCORE).check(np.array([b"07", b"007"]))
 
 
 def test_a_table_that_cannot_be_joined_is_named(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"score": [1.5]}), tmp_path / "0.parquet")
     with pytest.raises(ValueError, match=r"0\.parquet: no column 'key'"):
-        read_rows(str(tmp_path / "0.tar"), ["score"])
+        Rows.beside(str(tmp_path / "0.tar"), SCORE)
     whole = (tmp_path / "0.parquet").read_bytes()
     for damaged in (b"", b"nonsense" * 9, whole[:-20], whole[:8] + bytes(len(whole) - 8)):
         (tmp_path / "0.parquet").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"0\.parquet: cannot be read as parquet \([^\n]+$"):
-            read_rows(str(tmp_path / "0.tar"), ["score"])
+            Rows.beside(str(tmp_path / "0.tar"), SCORE)
 
 
 def test_download_counts_are_whole_numbers(tmp_path: Path) -> None:

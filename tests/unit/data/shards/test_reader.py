@@ -179,7 +179,7 @@ def expected(source: Source, flip: bool) -> tuple[np.ndarray, np.ndarray, str] |
     streams = [io.BytesIO(source.members[name]) for name in (moments_name, "text.npy")]
     try:
         moments, text = (np.load(stream, allow_pickle=False) for stream in streams)
-        caption = source.members[caption_name].decode().strip()
+        caption = source.members[caption_name].decode(errors="replace").strip()
     except (ValueError, EOFError):
         return None
     if any(stream.read() for stream in streams):

@@ -153,10 +153,10 @@ def test_a_set_that_fails_leaves_only_whole_shards(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"000000.tar", "000000.tar.index.npy"}
 
 
-def test_latents_need_moments_and_a_caption(tmp_path: Path) -> None:
+def test_latents_need_moments(tmp_path: Path) -> None:
     sample = {"moments.npy": encode_npy(moments(1)), "cls": b"3"}
     assert write(tmp_path, [("a", sample)], Kind.latents).samples == 1
-    assert register.REQUIRED[Kind.latents][0] == ("moments.npy",)
+    assert register.required_members(Kind.latents) == [("moments.npy",)]
     as_images = register.register_shard(tmp_path, "000000.tar", Kind.images)
     assert as_images.shard.samples == 0
     (rejected,) = as_images.rejected

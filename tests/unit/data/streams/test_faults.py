@@ -171,7 +171,7 @@ def test_a_missing_set_names_its_option(tmp_path: Path) -> None:
 
 
 def test_another_caption_stands_in_for_a_prompt_that_cannot_be_read(image_set: DataSet) -> None:
-    bad = {3: {"txt": b"bad \xff"}, 4: {"txt": b"\xff"}, 19: {"txt": b"\xff"}}
+    bad = {number: {"txt": b"a" * 2**17} for number in (3, 4, 19)}
     config = image_set(more=lambda number: bad.get(number, {}), max_rejected_share=0.2)
     stream = images(config)
     captions = stream.captions(np.array([2, 3, 4, 19, 3]))
@@ -180,8 +180,10 @@ def test_another_caption_stands_in_for_a_prompt_that_cannot_be_read(image_set: D
 
 
 def test_too_many_captions_that_cannot_be_read_are_told(image_set: DataSet) -> None:
-    config = image_set(more=lambda number: {"txt": b"\xff"}, max_rejected_share=0.1)
-    with pytest.raises(ValueError, match=r"max_rejected_share: 3 of 20 .* text is not UTF-8"):
+    config = image_set(more=lambda number: {"txt": b"a" * 2**17}, max_rejected_share=0.1)
+    with pytest.raises(
+        ValueError, match=r"max_rejected_share: 3 of 20 .* text of 131072 bytes is over"
+    ):
         images(config).captions(np.array([0]))
     config.max_rejected_share = 1
     with pytest.raises(ValueError, match=r"data\.train: no sample has a caption"):
@@ -195,7 +197,7 @@ def test_a_caption_without_a_condition_costs_its_sample(
 ) -> None:
     def classes(number: int) -> dict[str, bytes]:
         name = b"cat" if number == 4 else b"7"
-        return {"txt": name, "json": b'{"captions": ["%s"]}' % name}
+        return {"txt": name, "cls": name, "json": b'{"captions": ["%s"]}' % name}
 
     make, open_stream = (latent_set, latents) if of_latents else (image_set, images)
     stream = open_stream(make(more=classes, captions=form, max_rejected_share=0.05))

@@ -21,7 +21,8 @@ from trainer.runtime.output import clean_output
 
 CANARY = "S3cretCanary"
 ITEMS = {
-    "data.mixture": ["data.mixture=[{{latents:{0},weight:1}}]"],
+    "data.mixture": ["data.mixture=[{{latents:{0},weight:1,caption_field:{0}}}]"],
+    "data.caption_fields": ["data.caption_fields=[{{name:{0}}}]"],
     "data.filters": ["data.filters=[{{name:{0},min:1}},{{name:x,allowed:[{0}]}}]"],
 }
 """Options that are lists of sections, and the overrides that fill their texts."""
@@ -43,7 +44,7 @@ def overrides(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str]
             assert str not in (hint, *get_args(hint)), path
 
 
-CLOSED = ("plan.gpu", "ema.use", "data.pixels.background")
+CLOSED = ("plan.gpu", "ema.use", "data.pixels.background", "data.encoding")
 """Options that take one of a few texts, and refuse any other."""
 OPTIONS = {path: override for path, override in overrides() if path not in CLOSED}
 

@@ -23,13 +23,13 @@ from trainer.runtime import rng
 from trainer.runtime.progress import never
 from trainer.runtime.ranks import ALONE
 
-IMAGES, BATCH = 38, 4
+IMAGES, BATCH = 39, 4
 ROUNDS = 10
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """Packed pictures and nothing else: 38 of them are of the training split."""
+    """Packed pictures and nothing else: 39 of them are of the training split."""
     return packed(tmp_path_factory.mktemp("pictures"))
 
 

@@ -264,7 +264,7 @@ def test_full_verification_reads_what_samples_of_bytes_do_not(
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(ManifestError, match="other files at data"):
         run(data)
-    monkeypatch.setattr("data.sources.sources.COMPARED_BYTES", -1)
+    monkeypatch.setattr("data.sources.folder.COMPARED_BYTES", -1)
     file.write_text("caption 7")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     shutil.rmtree(data.train)

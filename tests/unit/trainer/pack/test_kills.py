@@ -100,7 +100,8 @@ def test_a_receipt_serves_only_what_it_was_made_for(tmp_path: Path) -> None:
     (Path(data.train) / "manifest.json").unlink()
     run(data)
     assert whole_set(data) == expected
-    shutil.copy(tmp_path / "raw" / "00002.tar", tmp_path / "raw" / "00000.tar")
+    for suffix in ("tar", "parquet"):
+        shutil.copy(tmp_path / "raw" / f"00002.{suffix}", tmp_path / "raw" / f"00000.{suffix}")
     with (tmp_path / "raw" / "00000.tar").open("ab") as tar:
         tar.write(bytes(10240))
     (Path(data.train) / "manifest.json").unlink()
@@ -113,7 +114,7 @@ def test_a_worker_that_dies_is_a_clear_error(
 ) -> None:
     img2dataset(tmp_path / "raw")
     data = webdataset(tmp_path, str(tmp_path / "raw"), workers=2)
-    monkeypatch.setattr("data.shards.register.register_shard", lambda *_, **__: os._exit(1))
+    monkeypatch.setattr("data.shards.register.register_parts", lambda *_, **__: os._exit(1))
     with pytest.raises(ChildProcessError, match=r"^data\.source\.workers: one of 2 processes died"):
         run(data)
 

@@ -14,7 +14,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.config import FilterConfig, Missing, SourceConfig, SourceKind
+from data.config import (
+    CaptionField,
+    CaptionForm,
+    FilterConfig,
+    Missing,
+    SourceConfig,
+    SourceKind,
+)
 from data.order.batches import Share
 from data.shards.index import unread_picture
 from data.shards.manifest import FilterCount, Manifest, ManifestError, Rejected
@@ -55,34 +62,87 @@ def test_tars_are_used_where_they_lie(tmp_path: Path, beside: bool) -> None:
         assert stream.read(np.array([0])).captions == ["caption 0 0"]
 
 
-def test_validation_takes_whole_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_splits_share_the_samples_of_every_tar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     foreign_tars(tmp_path / "tars")
     data = data_config(tmp_path)
     data.source = SourceConfig(
         kind=SourceKind.webdataset, path=f"{tmp_path}/tars/{{00000..00003}}.tar", val_share=0.25
     )
     run(data)
-    names = [
-        {shard.name for shard in Manifest.load(folder, option="data").shards}
-        for folder in (data.train, data.val)
+    manifests = [Manifest.load(folder, option="data") for folder in (data.train, data.val)]
+    assert [len(one.shards) for one in manifests] == [4, 4]
+    assert sum(one.samples for one in manifests) == 19
+    assert manifests[0].found == 19 + 1 - manifests[1].samples
+    reader = Share(seed=0, global_batch=1, micro_batch=1)
+    captions = [
+        ImageStream.open(data, split, reader).captions(np.arange(one.samples))
+        for split, one in zip(("train", "val"), manifests, strict=True)
     ]
-    assert [len(group) for group in names] == [3, 1]
-    assert names[0].isdisjoint(names[1])
+    assert set(captions[0]).isdisjoint(captions[1])
     run(data)
     assert "Already packed" in capsys.readouterr().out
+    # under other names, in another order, packed from a folder: the same samples are kept apart
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for tar_file in (tmp_path / "tars").glob("*.tar"):
+        with tarfile.open(tar_file) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content and member.name.endswith((".png", ".txt")):
+                    name = f"{tar_file.stem[::-1]}_{member.name}"
+                    (folder / name).write_bytes(content.read())
+    again = data_config(tmp_path / "again")
+    again.source = SourceConfig(path=str(folder), val_share=0.25)
+    run(again)
+    stream = ImageStream.open(again, "val", reader)
+    assert set(stream.captions(np.arange(stream.num_samples))) == set(captions[1])
 
 
 def test_tars_that_cannot_serve_are_named(tmp_path: Path) -> None:
     foreign_tars(tmp_path / "tars", tars=1)
-    data = data_config(tmp_path)
-    data.source = SourceConfig(
-        kind=SourceKind.webdataset, path=str(tmp_path / "tars"), val_share=0.5
-    )
-    with pytest.raises(ValueError, match=r"data\.source\.val_share: 1 tar"):
-        run(data)
-    data.source.path = f"{tmp_path}/tars/{{00000..00001}}.tar"
+    data = webdataset(tmp_path, f"{tmp_path}/tars/{{00000..00001}}.tar")
     with pytest.raises(FileNotFoundError, match=r"data\.source\.path: no such tar: .*00001\.tar"):
         run(data)
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_samples_without_a_caption_are_left_out_or_unconditional(
+    tmp_path: Path, required: bool
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    with tarfile.open(raw / "0.tar", "w") as tar:
+        members = {"a.png": png(0), "b.png": png(1), "b.txt": b"", "c.png": png(2), "c.txt": b"c"}
+        for name, payload in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    data = webdataset(tmp_path, str(raw))
+    data.source.require_captions = required
+    run(data)
+    manifest = Manifest.load(data.train, option="data.train")
+    assert read_captions(data) == (["c"] if required else ["", "", "c"])
+    assert manifest.rejected == ({"no txt or cls": 1, "empty caption": 1} if required else {})
+
+
+def test_captions_in_json_need_no_text(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    with tarfile.open(raw / "0.tar", "w") as tar:
+        for key, facts in (("a", {"long": "a cat"}), ("b", {"long": ["a dog", "x"]}), ("c", {})):
+            for name, payload in (("png", png(ord(key))), ("json", json.dumps(facts).encode())):
+                info = tarfile.TarInfo(f"{key}.{name}")
+                info.size = len(payload)
+                tar.addfile(info, io.BytesIO(payload))
+    data = webdataset(tmp_path, str(raw), FilterConfig(name="caption_length", max=5))
+    data.captions, data.caption_fields = CaptionForm.json, [CaptionField(name="long")]
+    run(data)
+    assert read_captions(data) == ["a cat", "a dog"]
+    assert Manifest.load(data.train, option="data.train").rejected == {
+        "no text in field long of its JSON": 1
+    }
 
 
 def test_what_img2dataset_wrote_is_used_as_it_lies(

@@ -36,7 +36,7 @@ def spoil(folder: Path) -> None:
         for number in range(SAMPLES):
             members = {"png": encode_png(Image.new("RGB", (16, 16), (9 * number, 99, 99)))}
             members |= {"txt": b"picture", "json": b'{"seed": %d}' % number}
-            members |= {1: {"png": b"no picture"}, 2: {"txt": b"\xff\xfe"}}.get(number, {})
+            members |= {1: {"png": b"no picture"}, 2: {"txt": b"a" * 2**17}}.get(number, {})
             writer.write(members)
     Manifest(kind=Kind.images, shards=writer.shards).save(folder / "train")
     tar = folder / "train" / "000001.tar"
@@ -52,7 +52,7 @@ def test_bad_samples_are_left_out_and_listed(job: Path) -> None:
         {"key": key, "reason": reason, "shard": shard}
         for key, reason, shard in [
             ("000000001", "image cannot be decoded (UnidentifiedImageError)", "000000.tar"),
-            ("000000002", "text is not UTF-8", "000000.tar"),
+            ("000000002", "text of 131072 bytes is over 65536", "000000.tar"),
             ("000000009", "the checksum of .json does not match", "000001.tar"),
         ]
     ]

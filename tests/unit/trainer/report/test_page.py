@@ -19,7 +19,7 @@ from trainer.report.job import report
 from trainer.report.page import MOST_PICTURES, render
 from trainer.runs.events import add_event, event_line
 from trainer.runs.history import read_metrics, read_run
-from trainer.runs.paths import SWEEPS
+from trainer.runs.paths import DATA, SWEEPS
 from trainer.runs.sweeps import TABLE, SweepTable
 
 
@@ -69,6 +69,20 @@ def test_the_page_fetches_nothing_and_ids_are_unique(tmp_path: Path) -> None:
     targets += [values["clip-path"][4:-1] for _, values in page.tags if values.get("clip-path", "")]
     assert targets
     assert {target.removeprefix("#") for target in targets} <= set(ids)
+
+
+def test_what_became_of_the_samples_is_told(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    assert "Examples" not in page_of(folder).text
+    entry = {"fate": "rejected", "reason": "<b>no caption", "count": 1234, "examples": ["a", "b"]}
+    facts = {"found": 5000, "samples": 3766, "left_out": [entry], "noted": {"grey": 2}}
+    (folder / DATA).write_text(json.dumps(facts))
+    text = page_of(folder).text
+    assert "Of 5,000 samples found, 3,766 are used." in text
+    assert "rejected 1,234 <b>no caption a, b noted 2 grey" in text
+    for damaged in ('{"left_out": 3}', "[]", "{", '{"left_out": [3, {}], "noted": []}'):
+        (folder / DATA).write_text(damaged)
+        page_of(folder)
 
 
 def write_sweep(folder: Path, name: str, *, prompt: str = "ddim") -> None:

@@ -1,0 +1,261 @@
+"""A folder of images as a source."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from typing_extensions import override
+
+from data.config import CaptionForm, DataConfig
+from data.shards.account import Fate
+from data.shards.captions import JSON_FIELD, texts_of
+from data.shards.codecs import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    REPLACED_BYTES,
+    BadSampleError,
+    check_unicode,
+    decode_image,
+    decode_json,
+    decode_text,
+)
+from data.shards.index import crc32
+from data.shards.manifest import Rejected
+from data.shards.splits import draws
+from data.sources.caption_tables import Row, read_tables
+from data.sources.coco import is_annotation, read_annotations
+from data.sources.listing import list_files, own_folders
+from data.sources.samples import Item, RawSample, spread
+from data.storage.documents import MAX_JSON_BYTES, is_json_object, lookup
+from data.storage.untrusted import UnsafeFileError, open_regular
+from data.text import is_unicode, printable, words_of
+
+COMPARED, COMPARED_BYTES = 128, 2**16
+"""Files of a folder whose first bytes are compared, beside the names, sizes and times of all."""
+SEVERAL_CAPTIONS = "several captions: data.captions=json draws one at every visit"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+"""Names of folders of splits, which hold those of classes."""
+MAX_HINTS = 5
+"""Kinds of files named where a folder holds no image."""
+
+
+class FolderSource:
+    """The images below a folder.
+
+    A caption comes from the folder's tables, else from annotations of COCO, else from the .txt or
+    .json with the image's stem.
+    Raises: FileNotFoundError where the folder is missing or holds no image; ValueError where a
+    table cannot be read.
+    """
+
+    licence = ""
+    image_size = 0
+
+    def __init__(self, config: DataConfig) -> None:
+        self._folder = Path(config.source.path)
+        if not config.source.path or not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"data.source.path: no folder at {config.source.path!r}; it should hold the images"
+            )
+        self._config = config
+        own = own_folders(config, self._folder)
+        listing = list_files(self._folder, own)
+        self.left_alone = listing.left_alone
+        if not listing.images:
+            found = "; ".join(entry.reason for entry in self.left_alone.entries()[:MAX_HINTS])
+            raise FileNotFoundError(
+                f"data.source.path: no images ({', '.join(IMAGE_EXTENSIONS)}) below {self._folder}"
+                + (f"; it holds {found}" if found else "")
+            )
+        notes = [name for name in listing.inputs if is_annotation(name)]
+        rows, unused = read_annotations(self._folder, notes, listing.images)
+        for name in unused:
+            self.left_alone.add(Fate.left_alone, "annotations of other images", name)
+        self._rows = rows | read_tables(self._folder, config)
+        self._files, self._inputs = listing.images, listing.inputs
+        self._beside = {PurePosixPath(name.lower()): name for name in listing.inputs}
+        """Path of a text beside an image, in small letters → its real path."""
+        self._rejected = listing.rejected
+        named = {item.key for item in listing.rejected}
+        self._missing = sorted(self._rows.keys() - set(self._files) - named)
+        self.classes = self._find_classes()
+        self._class_numbers = {name: number for number, name in enumerate(self.classes)}
+
+    def _find_classes(self) -> list[str]:
+        """Return the names of the classes in the tables; empty if they have numbers alone."""
+        field = self._config.source.label_field
+        labels = (row.fields.get(field) for row in self._rows.values()) if field else ()
+        return sorted({label for label in labels if isinstance(label, str) and not label.isdigit()})
+
+    def _label(self, name: str) -> int | None:
+        """Return the class of an image; None if it has none.
+
+        Raises: BadSampleError where it has a class that is neither a name nor a number.
+        """
+        field = self._config.source.label_field
+        label = self._rows.get(name, Row()).fields.get(field) if field else None
+        if label is None:
+            return None
+        number = self._class_numbers.get(str(label), label)
+        if isinstance(number, str) and number.isdigit() and not self.classes:
+            number = int(number)  # a CSV has texts alone
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise BadSampleError(f"class is {printable(str(label))}, neither a name nor a number")
+        return number
+
+    def fingerprint(self) -> str:
+        """Hash the names, sizes and times of images and captions, and samples of their bytes."""
+        digest = hashlib.sha256()
+        files = [*self._files, *self._inputs]
+        for name in files:
+            file = self._folder / name
+            facts = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere
+            digest.update(b"%s\0%d\0%d\n" % (os.fsencode(name), facts.st_size, facts.st_mtime_ns))
+        for name in files[:: max(1, len(files) // COMPARED)]:
+            with suppress(OSError):
+                digest.update(self._read_at_most(self._folder / name, COMPARED_BYTES))
+        return digest.hexdigest()
+
+    def former_fingerprint(self) -> str:
+        """Hash the names, sizes and times of all files."""
+        digest = hashlib.sha256()
+        for file in sorted(self._folder.rglob("*")):
+            if file.is_file():
+                facts = file.stat()
+                name = os.fsencode(file.relative_to(self._folder))
+                digest.update(b"%s\0%d\0%d\n" % (name, facts.st_size, facts.st_mtime_ns))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._files) + len(self._missing) + len(self._rejected)
+
+    @property
+    def images(self) -> int:
+        """Number of files with images."""
+        return len(self._files)
+
+    def sample(self, number: int) -> Iterator[Item]:
+        """Yield about `number` of the images, spread evenly."""
+        return (self._item(name) for name in spread(self._files, number))
+
+    def _item(self, name: str) -> Item:
+        try:
+            return self._read(name)
+        except BadSampleError as error:
+            return Rejected(key=_shown(name), reason=str(error))
+        except UnsafeFileError as error:
+            return Rejected(key=_shown(name), reason=f"not read: {error.strerror}")
+        except OSError as error:
+            return Rejected(key=_shown(name), reason=f"file cannot be read ({error.strerror})")
+
+    def __iter__(self) -> Iterator[Item]:
+        yield from map(self._item, self._files)
+        for name in self._missing:
+            yield Rejected(key=printable(name), reason="captioned, but no such image")
+        for item in self._rejected:
+            yield replace(item, key=_shown(item.key))
+
+    def _read(self, name: str) -> RawSample:
+        if not is_unicode(name):
+            raise BadSampleError("file name is not UTF-8 text")
+        file, noted = self._folder / name, Counter[str]()
+        captions, fields = self._describe(name, noted)
+        check_unicode([captions, fields])
+        if (size := len(captions[0].encode()) if captions else 0) > MAX_TEXT_BYTES:
+            raise BadSampleError(f"text of {size} bytes is over {MAX_TEXT_BYTES}")
+        label = self._label(name)
+        if not captions and label is not None and self.classes:
+            captions = [words_of(self.classes[label])]
+        if not captions and label is None and self._config.source.require_captions:
+            raise BadSampleError("no caption")
+        payload = self._read_at_most(file, MAX_IMAGE_BYTES)
+        image = decode_image(payload, self._config.pixels, noted)
+        return RawSample(
+            name=name,
+            draw=draws([len(payload)], [crc32(payload)]).item(),
+            extension=file.suffix.lower().removeprefix("."),
+            image=payload,
+            caption=captions[0] if captions else "",
+            width=image.width,
+            height=image.height,
+            label=label,
+            metadata=fields,
+            noted=noted,
+        )
+
+    def _describe(self, name: str, noted: Counter[str]) -> tuple[list[str], dict[str, Any]]:
+        """Return the captions and the other fields of an image.
+
+        Captions come from its row of a table, else from the .txt of its name, else from the .json.
+        Raises: BadSampleError where one cannot be used.
+        """
+        row = self._rows.get(name, Row())
+        if row.problem:
+            raise BadSampleError(row.problem)
+        noted.update([REPLACED_BYTES] * row.replaced)
+        captions, fields = row.captions, row.fields
+        stem = PurePosixPath(name.lower())
+        if not captions and (text := self._beside.get(stem.with_suffix(".txt"))):
+            payload = self._read_at_most(self._folder / text, MAX_TEXT_BYTES)
+            captions = texts_of(decode_text(payload, self._config.encoding, noted))
+        if document := self._beside.get(stem.with_suffix(".json")):
+            found = decode_json(self._read_at_most(self._folder / document, MAX_JSON_BYTES))
+            if not is_json_object(found):
+                raise BadSampleError("JSON is not an object")
+            captions = captions or texts_of(lookup(found, self._config.source.caption_field))
+            fields = {**found, **fields}
+        if len(captions) > 1 or (captions and self._config.captions is CaptionForm.json):
+            fields = {JSON_FIELD: captions, **fields}
+        if len(captions) > 1 and self._config.captions is not CaptionForm.json:
+            noted[SEVERAL_CAPTIONS] += 1
+        return captions, fields
+
+    def _read_at_most(self, file: Path, limit: int) -> bytes:
+        """Read a file up to `limit` + 1 bytes; the last byte shows that a file is over the limit.
+
+        Raises: UnsafeFileError where it is no regular file of the source; OSError where it cannot
+        be read.
+        """
+        with os.fdopen(open_regular(file, below=self._folder), "rb") as stream:
+            return stream.read(limit + 1)
+
+
+def _shown(name: str) -> str:
+    """Replace the bytes of a file name that are not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+class ClassFolders(FolderSource):
+    """Images in a folder for each class: CLASS/NAME.jpg, the layout of torchvision's ImageFolder.
+
+    Folders inside of a class belong to it. The name of the class is the caption of an image that
+    has no other. Raises: as FolderSource; ValueError where the folders are splits, not classes.
+    """
+
+    @override
+    def _find_classes(self) -> list[str]:
+        names = sorted({name.split("/")[0] for name in self._files if "/" in name})
+        if names and {name.lower() for name in names} <= SPLITS:
+            raise ValueError(
+                f"data.source.path: {self._folder} holds {', '.join(names)}, which are splits and "
+                f"no classes: set data.source.path={self._folder / names[0]}"
+            )
+        if not names:
+            raise ValueError(
+                f"data.source.kind=class_folders: {self._folder} has no folder with images; name "
+                "the folder that holds one folder for each class"
+            )
+        return names
+
+    @override
+    def _label(self, name: str) -> int | None:
+        folder, inside, _ = name.partition("/")
+        if not inside:
+            raise BadSampleError("in no folder of a class")
+        return self._class_numbers[folder]
