@@ -29,6 +29,7 @@ from data.shards.manifest import Rejected
 from data.shards.splits import draws
 from data.sources.caption_tables import json_value
 from data.sources.folder import SEVERAL_CAPTIONS
+from data.sources.listing import Listing, own_folders, walk
 from data.sources.samples import Item, RawSample, spread
 from data.storage.arrow import ArrowTable
 from data.storage.documents import is_json_array, is_json_object, lookup, parse_json
@@ -59,6 +60,7 @@ class ImageTables:
             raise FileNotFoundError(f"data.source.path: nothing at {config.source.path!r}")
         self._folder = place if place.is_dir() else place.parent
         self.left_alone = Tally()
+        self._rejected: list[Rejected] = []
         self._files = list(self._list()) if place.is_dir() else [place.name]
         if not self._files:
             raise FileNotFoundError(
@@ -68,10 +70,9 @@ class ImageTables:
         self._numbers = [self._check(name) for name in self._files]
 
     def _list(self) -> Iterator[str]:
-        for path in sorted(self._folder.rglob("*")):
-            name = path.relative_to(self._folder).as_posix()
-            if path.is_dir():
-                continue
+        listing = Listing(left_alone=self.left_alone, rejected=self._rejected)
+        for name in sorted(walk(self._folder, listing, own_folders(self._config, self._folder))):
+            path = PurePosixPath(name)
             if path.suffix in TABLES and not path.name.startswith((".", "_", "cache-")):
                 yield name
             else:
@@ -143,12 +144,12 @@ class ImageTables:
         return self.fingerprint()
 
     def __len__(self) -> int:
-        return sum(self._numbers)
+        return sum(self._numbers) + len(self._rejected)
 
     @property
     def images(self) -> int:
         """Number of rows."""
-        return len(self)
+        return sum(self._numbers)
 
     def sample(self, number: int) -> Iterator[Item]:
         """Yield about `number` of the rows: the first ones of tables spread over the source."""
@@ -157,7 +158,8 @@ class ImageTables:
             yield from islice(self._read([name]), -(-number // len(tables)))
 
     def __iter__(self) -> Iterator[Item]:
-        return self._read(self._files)
+        yield from self._read(self._files)
+        yield from self._rejected
 
     def _read(self, files: Sequence[str]) -> Iterator[Item]:
         for name in files:

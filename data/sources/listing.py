@@ -75,7 +75,7 @@ def list_files(folder: Path, own: Iterable[Path]) -> Listing:
     """
     listing = Listing()
     texts: list[str] = []
-    for name in sorted(_walk(folder, listing, set(own))):
+    for name in sorted(walk(folder, listing, set(own))):
         path = PurePosixPath(name)
         extension = _extension(path)
         if path.name.startswith("._"):
@@ -107,7 +107,7 @@ def _extension(path: PurePath) -> str:
     return path.suffix.lower().removeprefix(".")
 
 
-def _walk(folder: Path, listing: Listing, own: set[Path]) -> Iterator[str]:
+def walk(folder: Path, listing: Listing, own: set[Path]) -> Iterator[str]:
     """Yield the files below a folder; links to folders, and closed folders, go to the listing."""
 
     def shown(path: str | Path) -> str:

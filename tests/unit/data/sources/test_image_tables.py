@@ -69,6 +69,17 @@ def test_a_folder_of_tables_is_read(tmp_path: Path, suffix: str) -> None:
     assert [one.reason for one in source.left_alone.entries()] == [".json: no table"]
 
 
+def test_a_linked_folder_of_tables_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "1.parquet", table_of(0, 2))
+    write(tmp_path / "set" / "0.parquet", table_of(2, 3))
+    (tmp_path / "set" / "more").symlink_to("../elsewhere")
+    source = source_of(tmp_path / "set")
+    items = list(source)
+    assert len(items) == len(source) == 4
+    (rejected,) = [one for one in items if isinstance(one, Rejected)]
+    assert (rejected.key, rejected.reason[:18]) == ("more", "a link to a folder")
+
+
 def test_the_file_format_of_arrow_is_read_too(tmp_path: Path) -> None:
     write(tmp_path / "x.feather", table_of(0, 5))
     with ArrowTable((tmp_path / "x.feather").open("rb")) as table:
