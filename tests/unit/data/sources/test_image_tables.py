@@ -1,6 +1,7 @@
 """Tables that hold the images, as Hugging Face `datasets` writes them, and folders of classes."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,16 @@ def test_a_folder_without_tables_or_with_a_damaged_one_is_named(tmp_path: Path) 
         with pytest.raises(ValueError, match=rf"data\.source\.path: .*{name}: [^\n]+$"):
             source_of(tmp_path)
         (tmp_path / name).unlink()
+
+
+def test_offsets_that_lead_out_of_an_arrow_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "0.arrow"
+    write(path, pa.table({"text": ["abcde", "fgh"]}))
+    offsets, beyond = struct.pack("<3i", 0, 5, 8), struct.pack("<3i", 0, 5, 2**24)
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, beyond))
+    with path.open("rb") as file, pytest.raises(ValueError, match=r"^[^\n]+$"):
+        ArrowTable(file)
 
 
 @settings(max_examples=200)
