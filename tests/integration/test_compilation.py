@@ -77,5 +77,7 @@ def test_a_compiled_training_runs_the_graphs_of_its_blocks_and_saves_under_their
     assert len(ran) > 8
     plain, fast = curves
     assert sorted(plain) == sorted(fast) == [1, 2]
-    assert max(abs(plain[step] - fast[step]) for step in plain) < 1e-6
+    assert plain[1] == fast[1]
+    # graphs add up some gradients in another order, and Adam's first step divides by their size
+    assert abs(plain[2] - fast[2]) < 1e-5
     assert shapes[0] == shapes[1]
