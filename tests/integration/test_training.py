@@ -165,7 +165,7 @@ def test_a_tiny_version_of_every_experiment_trains_two_steps(
 ) -> None:
     options = ["train.max_steps=2", "data.flip=false", "eval.every=2"]
     shop = workshop
-    if experiment.startswith("laion"):
+    if experiment.startswith(("laion", "own")):
         options += [
             "conditioner=emoji_clip",
             "conditioner.features=penultimate",
