@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 BENCH_VENV := .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/installed
 BENCHMARKS := lane_plan loader precompute random_normals
-TESTS := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What `make demo` runs; more steps train longer, another name keeps the runs apart.
 EXPERIMENT := +experiment=emoji
 
