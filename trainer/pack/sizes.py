@@ -31,11 +31,11 @@ def size_lines(sides: Sequence[Side], image_size: int) -> Iterator[str]:
     if not sides:
         return
     lost, factors = lost_shares(sides), enlargements(sides, image_size)
-    yield f"at {image_size} px, of {len(sides):,} pictures:"
-    yield f"  cropped away: {lost.mean():.1%} of their pixels on average, {lost.max():.1%} at most"
+    yield f"cropped to {image_size} px, {len(sides):,} pictures:"
+    yield f"  cropped away: {lost.mean():.1%} of their pixels on average, up to {lost.max():.1%}"
     yield from _histogram(lost, LOST, lambda end: f"up to {end:.0%}" if end else "nothing")
     grown = factors > 1
-    most = f", {factors.max():.2f}x at most; pack.max_enlarge leaves them out"
+    most = f", up to {factors.max():.2f}x; pack.max_enlarge leaves them out"
     yield f"  enlarged beyond 1.0x: {grown.mean():.1%} of them{most if grown.any() else ''}"
     if grown.any():
         yield from _histogram(

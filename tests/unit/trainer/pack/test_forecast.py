@@ -100,14 +100,14 @@ def test_what_the_crop_takes_and_what_is_enlarged() -> None:
     assert lost_shares(sides).tolist() == [0, 0.5, 0.5, 0.75]
     assert enlargements(sides, 100).tolist() == [1, 1, 2, 1]
     lines = list(size_lines(sides, 100))
-    assert lines[0] == "at 100 px, of 4 pictures:"
-    assert "43.8% of their pixels on average, 75.0% at most" in lines[1]
+    assert lines[0] == "cropped to 100 px, 4 pictures:"
+    assert "43.8% of their pixels on average, up to 75.0%" in lines[1]
     assert [" ".join(line.split()[:-1]) for line in lines[2:5]] == [
         "nothing 25.0%",
         "up to 50% 50.0%",
         "up to 100% 25.0%",
     ]
-    assert "enlarged beyond 1.0x: 25.0% of them, 2.00x at most" in lines[5]
+    assert "enlarged beyond 1.0x: 25.0% of them, up to 2.00x" in lines[5]
     assert [" ".join(line.split()[:-1]) for line in lines[6:]] == ["not 75.0%", "up to 2x 25.0%"]
 
 
