@@ -1,6 +1,7 @@
 """Captions of a sample: found in its members, of any type, and one of them chosen."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Self
 from data.config import CaptionForm, DataConfig, MixtureConfig
 from data.shards.codecs import (
     CAPTION_EXTENSIONS,
+    REPLACED_BYTES,
     BadSampleError,
     Buffer,
     decode_json,
@@ -18,6 +20,7 @@ from data.shards.codecs import (
 )
 from data.storage.documents import is_json_array, is_json_object, lookup
 
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 JSON_FIELD = "captions"
 LISTED = ((JSON_FIELD, 1.0),)
 """The field that holds the captions where no other is named, and its weight."""
@@ -130,22 +133,36 @@ def read_captions(member: Member, rule: CaptionRule, noted: Counter[str] | None 
     return Captions(texts, weights) if texts else Captions([""], [1.0])
 
 
-def texts_of(value: object, encoding: str = "utf-8") -> list[str]:
+def texts_of(
+    value: object, encoding: str = "utf-8", noted: Counter[str] | None = None
+) -> list[str]:
     """Return the captions in a value of any type: none, one, or those of a list or an object.
 
     A number is written as text, 3.0 as `3`. Bytes are decoded. Empty texts and null are left out.
+    encoding: of bytes. noted: counts REPLACED_BYTES once.
     Raises: BadSampleError where a value is true, false or of another type.
     """
-    return [text for text in map(str.strip, _texts(value, encoding)) if text]
+    replaced: Counter[str] = Counter()
+    found = [text for text in map(str.strip, _texts(value, encoding, replaced)) if text]
+    if noted is not None and replaced:
+        noted[REPLACED_BYTES] += 1
+    return found
 
 
-def _texts(value: object, encoding: str) -> Iterator[str]:
+def mended(text: str) -> str:
+    """Replace by U+FFFD what the error handler `surrogateescape` makes of bytes."""
+    return _ESCAPED_BYTE.sub("\ufffd", text)
+
+
+def _texts(value: object, encoding: str, replaced: Counter[str]) -> Iterator[str]:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return
     if isinstance(value, str):
-        yield value
+        text = mended(value)
+        replaced.update([REPLACED_BYTES] * (text != value))
+        yield text
     elif isinstance(value, bytes):
-        yield decode_text(value, encoding)
+        yield decode_text(value, encoding, replaced)
     elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         whole = math.isfinite(value) and value == int(value)
         yield str(int(value) if whole else value)
@@ -153,10 +170,10 @@ def _texts(value: object, encoding: str) -> Iterator[str]:
         # pyarrow gives a map as a list of (key, value)
         pairs = bool(value) and all(isinstance(entry, tuple) for entry in value)
         for entry in [pair[1] for pair in value] if pairs else value:
-            yield from _texts(entry, encoding)
+            yield from _texts(entry, encoding, replaced)
     elif is_json_object(value):
         for entry in value.values():
-            yield from _texts(entry, encoding)
+            yield from _texts(entry, encoding, replaced)
     else:
         shown = str(value).lower() if isinstance(value, bool) else type(value).__name__
         raise BadSampleError(f"caption is {shown}, not a text")

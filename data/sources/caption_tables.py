@@ -6,7 +6,7 @@ import io
 import math
 import os
 import posixpath
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, time
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.config import DataConfig
-from data.shards.captions import texts_of
+from data.shards.captions import mended, texts_of
 from data.shards.codecs import BYTE_ORDER_MARKS, BadSampleError
 from data.storage.documents import (
     MAX_JSON_BYTES,
@@ -39,9 +39,6 @@ MAX_CELL_CHARACTERS = 2**20
 """Python's own limit, 2^17, would end the whole table at one long caption."""
 DELIMITERS = ",;\t"
 
-_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-"""What the error handler `surrogateescape` makes of a byte that does not fit the encoding."""
-
 
 @dataclass(slots=True)
 class Row:
@@ -50,21 +47,17 @@ class Row:
     captions: list[str] = field(default_factory=list[str])
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     """The other columns, as JSON values; of several rows the first counts."""
+    noted: Counter[str] = field(default_factory=Counter[str])
+    """Remarks on the captions; see `texts_of`."""
     problem: str = ""
     """Why the caption cannot be used."""
-    replaced: bool = False
-    """Whether the caption had bytes that are not of data.encoding."""
 
-    def add(self, caption: object, fields: Mapping[str, Any]) -> None:
-        """Add a row of a table."""
+    def add(self, caption: object, fields: Mapping[str, Any], encoding: str = "utf-8") -> None:
+        """Add a row of a table; encoding: of captions in bytes."""
         try:
-            texts = texts_of(caption)
+            self.captions += texts_of(caption, encoding, self.noted)
         except BadSampleError as error:
             self.problem = self.problem or str(error)
-            texts = []
-        mended = [_ESCAPED_BYTE.sub("\ufffd", text) for text in texts]
-        self.replaced |= mended != texts
-        self.captions += mended
         self.fields = {**fields, **self.fields}
 
 
@@ -97,7 +90,7 @@ def _read_table(table: Path, file: BinaryIO, config: DataConfig) -> dict[str, Ro
         }
         if is_json_object(caption):
             fields[names[1]] = json_value(caption)  # for data.caption_fields
-        rows.setdefault(_path(image), Row()).add(caption, fields)
+        rows.setdefault(_path(image), Row()).add(caption, fields, config.encoding)
     return rows
 
 
@@ -115,7 +108,7 @@ def json_value(value: object) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
-        return _ESCAPED_BYTE.sub("\ufffd", value)
+        return mended(value)
     if isinstance(value, float | Decimal):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, bytes):

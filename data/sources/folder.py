@@ -3,42 +3,37 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from typing_extensions import override
 
-from data.config import CaptionForm, DataConfig
+from data.config import DataConfig
 from data.shards.account import Fate
-from data.shards.captions import JSON_FIELD, texts_of
+from data.shards.captions import texts_of
 from data.shards.codecs import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    REPLACED_BYTES,
     BadSampleError,
-    check_unicode,
-    decode_image,
     decode_json,
     decode_text,
 )
-from data.shards.index import crc32
 from data.shards.manifest import Rejected
-from data.shards.splits import draws
 from data.sources.caption_tables import Row, read_tables
 from data.sources.coco import is_annotation, read_annotations
 from data.sources.listing import list_files, own_folders
+from data.sources.making import Classes, make_sample
 from data.sources.samples import Item, RawSample, spread
 from data.storage.documents import MAX_JSON_BYTES, is_json_object, lookup
 from data.storage.untrusted import UnsafeFileError, open_regular
-from data.text import is_unicode, printable, words_of
+from data.text import is_unicode, printable
 
 COMPARED, COMPARED_BYTES = 128, 2**16
 """Files of a folder whose first bytes are compared, beside the names, sizes and times of all."""
-SEVERAL_CAPTIONS = "several captions: data.captions=json draws one at every visit"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 """Names of folders of splits, which hold those of classes."""
 MAX_HINTS = 5
@@ -84,30 +79,23 @@ class FolderSource:
         self._rejected = listing.rejected
         named = {item.key for item in listing.rejected}
         self._missing = sorted(self._rows.keys() - set(self._files) - named)
-        self.classes = self._find_classes()
-        self._class_numbers = {name: number for number, name in enumerate(self.classes)}
+        self._classes = self._find_classes()
 
-    def _find_classes(self) -> list[str]:
-        """Return the names of the classes in the tables; empty if they have numbers alone."""
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, by number; empty if they have numbers alone."""
+        return self._classes.names
+
+    def _find_classes(self) -> Classes:
         field = self._config.source.label_field
         labels = (row.fields.get(field) for row in self._rows.values()) if field else ()
-        return sorted({label for label in labels if isinstance(label, str) and not label.isdigit()})
+        names = {label for label in labels if isinstance(label, str) and label}
+        return Classes(() if all(name.isdecimal() for name in names) else names)
 
-    def _label(self, name: str) -> int | None:
-        """Return the class of an image; None if it has none.
-
-        Raises: BadSampleError where it has a class that is neither a name nor a number.
-        """
+    def _label(self, name: str) -> object:
+        """Return the class of an image, by name or number; None if it has none."""
         field = self._config.source.label_field
-        label = self._rows.get(name, Row()).fields.get(field) if field else None
-        if label is None:
-            return None
-        number = self._class_numbers.get(str(label), label)
-        if isinstance(number, str) and number.isdigit() and not self.classes:
-            number = int(number)  # a CSV has texts alone
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise BadSampleError(f"class is {printable(str(label))}, neither a name nor a number")
-        return number
+        return self._rows.get(name, Row()).fields.get(field) if field else None
 
     def fingerprint(self) -> str:
         """Hash the names, sizes and times of images and captions, and samples of their bytes."""
@@ -164,57 +152,31 @@ class FolderSource:
     def _read(self, name: str) -> RawSample:
         if not is_unicode(name):
             raise BadSampleError("file name is not UTF-8 text")
-        file, noted = self._folder / name, Counter[str]()
-        captions, fields = self._describe(name, noted)
-        check_unicode([captions, fields])
-        if (size := len(captions[0].encode()) if captions else 0) > MAX_TEXT_BYTES:
-            raise BadSampleError(f"text of {size} bytes is over {MAX_TEXT_BYTES}")
-        label = self._label(name)
-        if not captions and label is not None and self.classes:
-            captions = [words_of(self.classes[label])]
-        if not captions and label is None and self._config.source.require_captions:
-            raise BadSampleError("no caption")
-        payload = self._read_at_most(file, MAX_IMAGE_BYTES)
-        image = decode_image(payload, self._config.pixels, noted)
-        return RawSample(
-            name=name,
-            draw=draws([len(payload)], [crc32(payload)]).item(),
-            extension=file.suffix.lower().removeprefix("."),
-            image=payload,
-            caption=captions[0] if captions else "",
-            width=image.width,
-            height=image.height,
-            label=label,
-            metadata=fields,
-            noted=noted,
-        )
+        label = self._classes.number_of(self._label(name))
+        read = partial(self._read_at_most, self._folder / name, MAX_IMAGE_BYTES)
+        extension = PurePosixPath(name).suffix.lower().removeprefix(".")
+        row = self._describe(name)
+        return make_sample(name, row, label, self._classes, read, self._config, extension)
 
-    def _describe(self, name: str, noted: Counter[str]) -> tuple[list[str], dict[str, Any]]:
+    def _describe(self, name: str) -> Row:
         """Return the captions and the other fields of an image.
 
         Captions come from its row of a table, else from the .txt of its name, else from the .json.
-        Raises: BadSampleError where one cannot be used.
+        Raises: BadSampleError or OSError where a text beside it cannot be used.
         """
         row = self._rows.get(name, Row())
-        if row.problem:
-            raise BadSampleError(row.problem)
-        noted.update([REPLACED_BYTES] * row.replaced)
-        captions, fields = row.captions, row.fields
+        row = replace(row, captions=[*row.captions], noted=Counter(row.noted))
         stem = PurePosixPath(name.lower())
-        if not captions and (text := self._beside.get(stem.with_suffix(".txt"))):
+        if not row.captions and (text := self._beside.get(stem.with_suffix(".txt"))):
             payload = self._read_at_most(self._folder / text, MAX_TEXT_BYTES)
-            captions = texts_of(decode_text(payload, self._config.encoding, noted))
+            row.captions = texts_of(decode_text(payload, self._config.encoding, row.noted))
         if document := self._beside.get(stem.with_suffix(".json")):
             found = decode_json(self._read_at_most(self._folder / document, MAX_JSON_BYTES))
             if not is_json_object(found):
                 raise BadSampleError("JSON is not an object")
-            captions = captions or texts_of(lookup(found, self._config.source.caption_field))
-            fields = {**found, **fields}
-        if len(captions) > 1 or (captions and self._config.captions is CaptionForm.json):
-            fields = {JSON_FIELD: captions, **fields}
-        if len(captions) > 1 and self._config.captions is not CaptionForm.json:
-            noted[SEVERAL_CAPTIONS] += 1
-        return captions, fields
+            caption = lookup(found, self._config.source.caption_field)
+            row.add(None if row.captions else caption, found)
+        return row
 
     def _read_at_most(self, file: Path, limit: int) -> bytes:
         """Read a file up to `limit` + 1 bytes; the last byte shows that a file is over the limit.
@@ -239,7 +201,7 @@ class ClassFolders(FolderSource):
     """
 
     @override
-    def _find_classes(self) -> list[str]:
+    def _find_classes(self) -> Classes:
         names = sorted({name.split("/")[0] for name in self._files if "/" in name})
         if names and {name.lower() for name in names} <= SPLITS:
             raise ValueError(
@@ -251,11 +213,11 @@ class ClassFolders(FolderSource):
                 f"data.source.kind=class_folders: {self._folder} has no folder with images; name "
                 "the folder that holds one folder for each class"
             )
-        return names
+        return Classes(names)
 
     @override
-    def _label(self, name: str) -> int | None:
+    def _label(self, name: str) -> object:
         folder, inside, _ = name.partition("/")
         if not inside:
             raise BadSampleError("in no folder of a class")
-        return self._class_numbers[folder]
+        return folder

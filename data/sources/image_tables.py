@@ -6,36 +6,29 @@ Hugging Face `datasets` writes them: a folder of Parquet files from its hub, or 
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.config import CaptionForm, DataConfig
+from data.config import DataConfig
 from data.shards.account import Fate, Tally
-from data.shards.captions import JSON_FIELD, texts_of
 from data.shards.codecs import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     BadSampleError,
-    check_unicode,
-    decode_image,
 )
-from data.shards.formats import extension_of
-from data.shards.index import crc32
 from data.shards.manifest import Rejected
-from data.shards.splits import draws
-from data.sources.caption_tables import json_value
-from data.sources.folder import SEVERAL_CAPTIONS
+from data.sources.caption_tables import Row, json_value
 from data.sources.listing import Listing, own_folders, walk
+from data.sources.making import Classes, make_sample
 from data.sources.samples import Item, RawSample, spread
 from data.storage.arrow import ArrowTable
 from data.storage.documents import is_json_array, is_json_object, lookup, parse_json
 from data.storage.parquet import ColumnKind, ParquetTable
 from data.storage.untrusted import UnsafeFileError, open_regular
-from data.text import printable, words_of
+from data.text import printable
 
 TABLES = {".parquet": ParquetTable, ".arrow": ArrowTable}
 SAMPLED_TABLES = 16
@@ -105,27 +98,21 @@ class ImageTables:
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes: those that `datasets` notes, else the texts of the column."""
-        return self._classes
+        """Names of the classes, by number; empty if they have numbers alone."""
+        return self._classes.names
 
     @cached_property
-    def _classes(self) -> list[str]:
+    def _classes(self) -> Classes:
+        """Those that `datasets` notes, else the texts of the column."""
         field = self._source.label_field
-        if not field:
-            return []
         names: set[str] = set()
-        for name in self._files:
+        for name in self._files if field else ():
             with self._open(name) as table:
                 if noted := _class_names(table.metadata, field):
-                    return noted
-                for row in table.read([field], max_cell_bytes=MAX_TEXT_BYTES):
-                    if isinstance(label := row[field], str):
-                        names.add(label)
-        return sorted(names)
-
-    @cached_property
-    def _numbers_of_classes(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(self.classes)}
+                    return Classes(noted, ordered=True)
+                rows = table.read([field], max_cell_bytes=MAX_TEXT_BYTES)
+                names |= {label for row in rows if isinstance(label := row[field], str)}
+        return Classes(names)
 
     def fingerprint(self) -> str:
         """Hash the names, sizes, times, and first and last bytes of the tables."""
@@ -189,11 +176,7 @@ class ImageTables:
             return Rejected(key=printable(name), reason=f"file cannot be read ({error.strerror})")
 
     def _sample(self, name: str, row: dict[str, Any]) -> RawSample:
-        source, noted = self._source, Counter[str]()
-        captions = texts_of(lookup(row, source.caption_field), self._config.encoding)
-        label = self._label(row)
-        if not captions and label is not None and self.classes:
-            captions = [words_of(self.classes[label])]
+        source, described = self._source, Row()
         hidden = (source.image_field, source.caption_field, source.label_field)
         fields = {
             column: value
@@ -202,29 +185,10 @@ class ImageTables:
         }
         if is_json_object(cell := row.get(source.caption_field)):
             fields[source.caption_field] = json_value(cell)
-        if len(captions) > 1 or (captions and self._config.captions is CaptionForm.json):
-            fields = {JSON_FIELD: captions, **fields}
-        if len(captions) > 1 and self._config.captions is not CaptionForm.json:
-            noted[SEVERAL_CAPTIONS] += 1
-        check_unicode([captions, fields])
-        if not captions and label is None and source.require_captions:
-            raise BadSampleError("no caption")
-        if captions and (size := len(captions[0].encode())) > MAX_TEXT_BYTES:
-            raise BadSampleError(f"text of {size} bytes is over {MAX_TEXT_BYTES}")
-        payload = self._image(row[source.image_field])
-        image = decode_image(payload, self._config.pixels, noted)
-        return RawSample(
-            name=name,
-            draw=draws([len(payload)], [crc32(payload)]).item(),
-            extension=extension_of(payload),
-            image=payload,
-            caption=captions[0] if captions else "",
-            width=image.width,
-            height=image.height,
-            label=label,
-            metadata=fields,
-            noted=noted,
-        )
+        described.add(lookup(row, source.caption_field), fields, self._config.encoding)
+        label = self._classes.number_of(row.get(source.label_field) if source.label_field else None)
+        read = partial(self._image, row[source.image_field])
+        return make_sample(name, described, label, self._classes, read, self._config)
 
     def _image(self, cell: object) -> bytes:
         """Return the encoded image of a cell; a path names a file below the folder."""
@@ -241,19 +205,6 @@ class ImageTables:
         if not isinstance(cell, bytes):
             raise BadSampleError("no image" if cell is None else "image is not bytes")
         return cell
-
-    def _label(self, row: Mapping[str, Any]) -> int | None:
-        field = self._source.label_field
-        value = row.get(field) if field else None
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return self._numbers_of_classes[value]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise BadSampleError(f"class is {printable(str(value))}, neither a name nor a number")
-        if self.classes and value >= len(self.classes):
-            raise BadSampleError(f"class {value} is over the last one, {len(self.classes) - 1}")
-        return value
 
 
 def columns_of(place: Path) -> list[str]:

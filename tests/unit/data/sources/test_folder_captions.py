@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from data.config import SourceConfig
 from data.shards.codecs import REPLACED_BYTES
-from data.sources.folder import SEVERAL_CAPTIONS
+from data.sources.making import SEVERAL_CAPTIONS
 from data.sources.samples import RawSample
 from data.sources.sources import open_source
 from tests.support.data_sets import data_config, png

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
 from data.config import SourceConfig, SourceKind
+from data.shards.codecs import REPLACED_BYTES
 from data.shards.manifest import Rejected
 from data.sources.samples import RawSample, Source
 from data.sources.sources import open_source
@@ -253,3 +254,48 @@ def test_a_column_of_a_table_has_the_class(tmp_path: Path, table: str, labels: l
     assert source.classes == (["cat", "dog"] if named else [])
     assert [one.label for one in samples_of(source)] == [1, 0]
     assert [one.caption for one in samples_of(source)] == (["dog", "cat"] if named else ["", ""])
+
+
+def test_names_that_are_numbers_are_their_own_numbers(tmp_path: Path) -> None:
+    for name in range(12):
+        (tmp_path / str(name)).mkdir()
+        (tmp_path / str(name) / "x.png").write_bytes(png(name))
+    source = source_of(tmp_path, SourceKind.class_folders)
+    assert list(source.classes) == [str(number) for number in range(12)]
+    assert {one.name.split("/")[0]: one.label for one in samples_of(source)} == {
+        str(number): number for number in range(12)
+    }
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [
+        ("lion", "class is lion, neither a name nor a number"),
+        (2, "class 2 is over the last one, 1"),
+        (-1, "class is -1, neither a name nor a number"),
+        (0.5, "class is 0.5, neither a name nor a number"),
+    ],
+)
+def test_a_label_that_is_no_class_costs_its_sample(
+    tmp_path: Path, label: object, reason: str
+) -> None:
+    write(tmp_path / "0.parquet", table_of(0, 1).set_column(2, "label", pa.array([label])))
+    source = source_of(tmp_path, label_field="label")
+    (rejected,) = source
+    assert isinstance(rejected, Rejected)
+    assert rejected.reason == reason
+
+
+def test_bytes_of_captions_are_mended_and_fields_that_no_reader_takes_are_refused(
+    tmp_path: Path,
+) -> None:
+    texts = pa.array([b"caf\xe9", b"x"])
+    notes = pa.array(["", "y" * 1_020_000])
+    images = [{"bytes": png(row), "path": None} for row in range(2)]
+    columns = {"image": pa.array(images, IMAGE), "text": texts, "note": notes}
+    write(tmp_path / "0.parquet", pa.table(columns))
+    first, second = source_of(tmp_path)
+    assert isinstance(first, RawSample)
+    assert (first.caption, first.noted[REPLACED_BYTES]) == ("caf\ufffd", 1)
+    assert isinstance(second, Rejected)
+    assert second.reason.startswith("fields of 1020012 bytes are over")
