@@ -27,6 +27,39 @@ class SourceKind(StrEnum):
     webdataset = auto()
 
 
+class Missing(StrEnum):
+    """Rules for a sample that lacks the field of a filter."""
+
+    drop = auto()
+    keep = auto()
+
+
+class Truncated(StrEnum):
+    """Rules for a JPEG that is cut off.
+
+    reject: It is left out.
+    fill: It is taken; grey stands where nothing arrived.
+    """
+
+    reject = auto()
+    fill = auto()
+
+
+class CaptionForm(StrEnum):
+    """Places of a sample's captions.
+
+    text: One caption: the .txt, or the class number in .cls.
+    label: The class number in .cls.
+    lines: Several captions: the lines of the .txt.
+    json: Several captions: the list `captions` in the .json, or data.caption_fields.
+    """
+
+    text = auto()
+    label = auto()
+    lines = auto()
+    json = auto()
+
+
 @dataclass(slots=True, kw_only=True)
 class SourceConfig:
     """Raw images and captions, which `trainer.pack` turns into shards."""
@@ -59,13 +92,6 @@ class SourceConfig:
     """[processes, ≥ 1, ≤ 1024] webdataset: tars indexed at the same time."""
 
 
-class Missing(StrEnum):
-    """Rules for a sample that lacks the field of a filter."""
-
-    drop = auto()
-    keep = auto()
-
-
 @dataclass(slots=True, kw_only=True)
 class FilterConfig:
     """A rule on one field of a sample's metadata; a sample stays if every rule keeps it."""
@@ -84,17 +110,6 @@ class FilterConfig:
     """Drop or keep a sample that lacks the field."""
 
 
-class Truncated(StrEnum):
-    """Rules for a JPEG that is cut off.
-
-    reject: It is left out.
-    fill: It is taken; grey stands where nothing arrived.
-    """
-
-    reject = auto()
-    fill = auto()
-
-
 @dataclass(slots=True, kw_only=True)
 class PixelConfig:
     """How pictures are decoded: always to 8-bit sRGB, upright."""
@@ -103,21 +118,6 @@ class PixelConfig:
     """[#rrggbb] Colour behind transparent pixels."""
     truncated: Truncated = Truncated.reject
     """What to do with JPEGs that are cut off."""
-
-
-class CaptionForm(StrEnum):
-    """Places of a sample's captions.
-
-    text: One caption: the .txt, or the class number in .cls.
-    label: The class number in .cls.
-    lines: Several captions: the lines of the .txt.
-    json: Several captions: the list `captions` in the .json, or data.caption_fields.
-    """
-
-    text = auto()
-    label = auto()
-    lines = auto()
-    json = auto()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -35,6 +35,7 @@ class Listing:
     """The files below a folder, by paths relative to it, in the order of their names."""
 
     images: list[str] = field(default_factory=list[str])
+    """Pictures of the formats that are read."""
     inputs: list[str] = field(default_factory=list[str])
     """Texts beside images, and tables."""
     rejected: list[Rejected] = field(default_factory=list[Rejected])

@@ -110,15 +110,15 @@ class Config:
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
     verify: bool = False
     """Let `trainer.pack` read every byte of the data sets again and print differences."""
     stats: bool = False
     """Let `trainer.pack` print sizes, captions and a contact sheet of the data sets."""
     pack: PackConfig = field(default_factory=PackConfig)
     precompute: PrecomputeConfig = field(default_factory=PrecomputeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -94,6 +94,17 @@ class Features(StrEnum):
     open_clip = auto()
 
 
+class PackVerify(StrEnum):
+    """Comparisons of a source with what was packed from it.
+
+    sampled: Names, sizes, times and samples of the bytes.
+    full: Every byte.
+    """
+
+    sampled = auto()
+    full = auto()
+
+
 class Metric(StrEnum):
     """Metrics on features; the CLIP score has an option of its own.
 
@@ -109,14 +120,3 @@ class Metric(StrEnum):
     precision_recall = auto()
     inception_score = auto()
     cmmd = auto()
-
-
-class PackVerify(StrEnum):
-    """Comparisons of a source with what was packed from it.
-
-    sampled: Names, sizes, times and samples of the bytes.
-    full: Every byte.
-    """
-
-    sampled = auto()
-    full = auto()

@@ -29,18 +29,18 @@ class TaskEntry:
 TASKS = {
     Task.diffusion: TaskEntry(
         problems="trainer.checks:denoising_problems",
+        unread=("autoencoder.loss", "autoencoder.codebook_decay", "autoencoder.codebook_revival"),
         build="trainer.train.denoiser:build_denoising",
         plan="trainer.train.denoising_plan:plan_denoising",
         pictures="Samples",
         weights="unet.weights",
-        unread=("autoencoder.loss", "autoencoder.codebook_decay", "autoencoder.codebook_revival"),
     ),
     Task.autoencoder: TaskEntry(
         problems="trainer.checks:reconstruction_problems",
+        unread=("conditioner", "unet", "diffusion", "sampler", "data.latents", "data.store_text"),
         build="trainer.train.first_stage:build_first_stage",
         plan="trainer.train.first_stage:plan_first_stage",
         pictures="Reconstructions",
         weights="autoencoder.weights",
-        unread=("conditioner", "unet", "diffusion", "sampler", "data.latents", "data.store_text"),
     ),
 }

@@ -128,8 +128,7 @@ class WatchdogConfig:
     step_timeout_s: float = 1800.0
     """[seconds, ≥ 0, ≤ 10^7] Longest optimizer step, its data included; 0: no limit."""
     pause_timeout_s: float = 21_600.0
-    """[seconds, ≥ 0, ≤ 10^7] Longest phase between steps: the start, an evaluation, a save; 0: no
-    limit."""
+    """[seconds, ≥ 0, ≤ 10^7] Longest start, evaluation or save, between two steps; 0: no limit."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -95,10 +95,10 @@ def _pack(config: Config) -> None:
 class _Split:
     """The shards of one data set, and the samples that are left out of it."""
 
+    tally: Tally = field(default_factory=Tally)
     shards: list[Shard] = field(default_factory=list[Shard])
     rejected: list[Rejected] = field(default_factory=list[Rejected])
     noted: Counter[str] = field(default_factory=Counter[str])
-    tally: Tally = field(default_factory=Tally)
     empty_tars: list[str] = field(default_factory=list[str])
     """Damaged tars without a sample."""
     dropped: Counter[int] = field(default_factory=Counter[int])

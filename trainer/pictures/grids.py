@@ -17,13 +17,12 @@ MOST_IMAGES = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """An image in a grid; lengths in pixels."""
+    """An image in a grid."""
 
     caption: str
-    left: int
-    top: int
-    width: int
-    height: int
+    """One printable line."""
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom edge in pixels."""
 
 
 def about_grid(prompts: Sequence[str], columns: int) -> dict[str, object]:
@@ -54,16 +53,13 @@ def places(size: tuple[int, int], about: Mapping[str, object]) -> list[Place]:
     width, height = (size[0] - GAP) // columns - GAP, (size[1] - GAP) // rows - GAP
     if min(width, height) < 1:
         return []
-    return [
-        Place(
-            caption=printable(str(prompt)),
-            left=GAP + number % columns * (width + GAP),
-            top=GAP + number // columns * (height + GAP),
-            width=width,
-            height=height,
-        )
-        for number, prompt in enumerate(prompts)
-    ]
+    found: list[Place] = []
+    for number, prompt in enumerate(prompts):
+        left = GAP + number % columns * (width + GAP)
+        top = GAP + number // columns * (height + GAP)
+        box = (left, top, left + width, top + height)
+        found.append(Place(caption=printable(str(prompt)), box=box))
+    return found
 
 
 def tiles(picture: Image.Image, height: int, width: int, columns: int) -> Iterator[Image.Image]:

@@ -47,8 +47,6 @@ class Tile:
     """One image of a grid, as the style of an element that shows this part of the picture."""
 
     caption: str
-    width: int
-    """Width on the page in pixels: that of the image, enlarged by a whole factor."""
     style: str
 
 
@@ -62,6 +60,8 @@ class Picture:
     width: int
     tiles: list[Tile]
     """The images of the grid with their captions; empty if the PNG does not name them."""
+    tile_width: int
+    """Width of a tile on the page in pixels: that of the image, enlarged by a whole factor."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -240,7 +240,8 @@ def _picture(run: RunFolder, step: int, path: Path) -> Picture | None:
         whole = decode_image(content)
     except (OSError, BadSampleError):
         return None
-    size = whole.size
+    size, found = whole.size, places(whole.size, about_picture(content))
+    tile = found[0].box[2] - found[0].box[0] if found else 1
     whole.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     small = whole.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -249,22 +250,24 @@ def _picture(run: RunFolder, step: int, path: Path) -> Picture | None:
         uri=_data_uri(whole, quality=90),
         thumbnail=_data_uri(small, quality=75),
         width=whole.width,
-        tiles=[_tile(place, size) for place in places(size, about_picture(content))],
+        tiles=[_tile(place, size) for place in found],
+        tile_width=tile * max(1, round(TILE_WIDTH / tile)),
     )
 
 
 def _tile(place: Place, size: tuple[int, int]) -> Tile:
     """Return the element that shows one image of a grid of this width and height."""
     width, height = size
+    left, top, right, bottom = place.box
     # CSS: 0 % puts the left edges of picture and element together, 100 % the right edges
-    x = 100 * place.left / max(width - place.width, 1)
-    y = 100 * place.top / max(height - place.height, 1)
+    x = 100 * left / max(width - (right - left), 1)
+    y = 100 * top / max(height - (bottom - top), 1)
     return Tile(
         caption=place.caption,
-        width=place.width * max(1, round(TILE_WIDTH / place.width)),
-        style=f"aspect-ratio: {place.width} / {place.height}; "
+        style=f"aspect-ratio: {right - left} / {bottom - top}; "
         f"background-position: {x:.4f}% {y:.4f}%; "
-        f"background-size: {100 * width / place.width:.4f}% {100 * height / place.height:.4f}%",
+        f"background-size: {100 * width / (right - left):.4f}% "
+        f"{100 * height / (bottom - top):.4f}%",
     )
 
 
