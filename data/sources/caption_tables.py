@@ -7,7 +7,7 @@ import math
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
@@ -26,7 +26,6 @@ from data.storage.documents import (
     parse_json,
 )
 from data.storage.parquet import ColumnKind, Columns, read_parquet
-from data.storage.untrusted import open_regular
 
 TABLES = tuple(
     f"{stem}.{kind}" for stem in ("captions", "metadata") for kind in ("csv", "parquet", "jsonl")
@@ -61,19 +60,25 @@ class Row:
         self.fields = {**fields, **self.fields}
 
 
-def read_tables(folder: Path, config: DataConfig) -> dict[str, Row]:
+def read_tables(
+    open_table: Callable[[str], BinaryIO], place: str, config: DataConfig
+) -> dict[str, Row]:
     """Read the tables of a folder: {path of an image, relative to the folder: its rows}.
 
     Each table needs the columns data.source.file_field and data.source.caption_field.
+    open_table: opens one by its name; raises FileNotFoundError where there is none. place: path of
+    the folder, for errors.
     Raises: ValueError where a table cannot be read, lacks a column or is over a limit; OSError
     where it is no regular file of the folder.
     """
     rows: dict[str, Row] = {}
     for name in TABLES:
-        table = folder / name
-        if table.exists():
-            with os.fdopen(open_regular(table, below=folder), "rb") as file:
-                rows |= _read_table(table, file, config)
+        try:
+            file = open_table(name)
+        except FileNotFoundError:
+            continue
+        with file:
+            rows |= _read_table(Path(place, name), file, config)
     return rows
 
 

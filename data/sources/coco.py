@@ -5,12 +5,12 @@ and `instances_*.json`, in the folder of the images or in its folder `annotation
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from data.sources.caption_tables import Row
-from data.storage.documents import is_json_array, is_json_object, read_json
+from data.storage.documents import is_json_array, is_json_object, parse_json
 
 NAMES = ("captions_*.json", "instances_*.json")
 FOLDER = "annotations"
@@ -28,10 +28,11 @@ def is_annotation(name: str) -> bool:
 
 
 def read_annotations(
-    folder: Path, files: Iterable[str], images: Iterable[str]
+    read: Callable[[str, int], bytes], place: str, files: Iterable[str], images: Iterable[str]
 ) -> tuple[dict[str, Row], list[str]]:
     """Read annotations: ({path of an image: its captions and objects}, files of other images).
 
+    read: reads a file up to one byte over a limit. place: folder of the files, for errors.
     files: relative paths. images: relative paths of the images, which may lie in any folder.
     A file that describes none of the images, such as that of another split, is not used.
     Raises: ValueError where a file is damaged, or two images have a name that it describes.
@@ -43,10 +44,9 @@ def read_annotations(
     others: list[str] = []
     for file in files:
         try:
-            document = read_json(folder / file, limit=MAX_BYTES, below=folder)
-            found = _rows_of(document, places)
+            found = _rows_of(parse_json(read(file, MAX_BYTES), limit=MAX_BYTES), places)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / file}: no annotations of COCO ({error})") from error
+            raise ValueError(f"{place}/{file}: no annotations of COCO ({error})") from error
         if found is None:
             others.append(file)
             continue

@@ -1,13 +1,13 @@
-"""A folder of images as a source."""
+"""A folder or zips of images as a source."""
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from typing_extensions import override
 
@@ -25,11 +25,11 @@ from data.shards.codecs import (
 from data.shards.manifest import Rejected
 from data.sources.caption_tables import Row, read_tables
 from data.sources.coco import is_annotation, read_annotations
-from data.sources.listing import list_files, own_folders
+from data.sources.files import FolderFiles, open_files
 from data.sources.making import Classes, make_sample
-from data.sources.samples import Item, RawSample, spread
+from data.sources.samples import Item, RawSample, Source, spread
 from data.storage.documents import MAX_JSON_BYTES, is_json_object, lookup
-from data.storage.untrusted import UnsafeFileError, open_regular
+from data.storage.untrusted import UnsafeFileError
 from data.text import is_unicode, printable
 
 COMPARED, COMPARED_BYTES = 128, 2**16
@@ -40,8 +40,8 @@ MAX_HINTS = 5
 """Kinds of files named where a folder holds no image."""
 
 
-class FolderSource:
-    """The images below a folder.
+class FolderSource(Source):
+    """The images below a folder, or in zips.
 
     A caption comes from the folder's tables, else from annotations of COCO, else from the .txt or
     .json with the image's stem.
@@ -53,33 +53,43 @@ class FolderSource:
     image_size = 0
 
     def __init__(self, config: DataConfig) -> None:
-        self._folder = Path(config.source.path)
-        if not config.source.path or not self._folder.is_dir():
-            raise FileNotFoundError(
-                f"data.source.path: no folder at {config.source.path!r}; it should hold the images"
-            )
         self._config = config
-        own = own_folders(config, self._folder)
-        listing = list_files(self._folder, own)
+        self._files = open_files(config)
+        listing = self._files.listing
         self.left_alone = listing.left_alone
         if not listing.images:
             found = "; ".join(entry.reason for entry in self.left_alone.entries()[:MAX_HINTS])
             raise FileNotFoundError(
-                f"data.source.path: no images ({', '.join(IMAGE_EXTENSIONS)}) below {self._folder}"
+                f"data.source.path: no images ({', '.join(IMAGE_EXTENSIONS)}) in {self._files}"
                 + (f"; it holds {found}" if found else "")
             )
-        notes = [name for name in listing.inputs if is_annotation(name)]
-        rows, unused = read_annotations(self._folder, notes, listing.images)
-        for name in unused:
-            self.left_alone.add(Fate.left_alone, "annotations of other images", name)
-        self._rows = rows | read_tables(self._folder, config)
-        self._files, self._inputs = listing.images, listing.inputs
+        self._rows: dict[str, Row] = {}
+        notes = [name for name in listing.inputs if is_annotation(self._files.inner(name))]
+        for root in self._files.roots:
+            self._rows |= self._read_rows(root, _below(root, notes))
+        self._images, self._inputs = listing.images, listing.inputs
         self._beside = {PurePosixPath(name.lower()): name for name in listing.inputs}
         """Path of a text beside an image, in small letters → its real path."""
         self._rejected = listing.rejected
         named = {item.key for item in listing.rejected}
-        self._missing = sorted(self._rows.keys() - set(self._files) - named)
+        self._missing = sorted(self._rows.keys() - set(self._images) - named)
         self._classes = self._find_classes()
+
+    def _read_rows(self, root: str, notes: Sequence[str]) -> dict[str, Row]:
+        """Read the tables of a root and its annotations, `notes`: {path of an image: its rows}."""
+        files, place = self._files, f"{self._files}/{root}".rstrip("/")
+        rows: dict[str, Row] = {}
+        if notes:
+
+            def read(name: str, limit: int) -> bytes:
+                return files.read(root + name, limit)
+
+            images = _below(root, files.listing.images)
+            rows, unused = read_annotations(read, place, notes, images)
+            for name in unused:
+                self.left_alone.add(Fate.left_alone, "annotations of other images", root + name)
+        rows |= read_tables(lambda name: files.open(root + name), place, self._config)
+        return {root + name: row for name, row in rows.items()}
 
     @property
     def classes(self) -> Sequence[str]:
@@ -100,37 +110,38 @@ class FolderSource:
     def fingerprint(self) -> str:
         """Hash the names, sizes and times of images and captions, and samples of their bytes."""
         digest = hashlib.sha256()
-        files = [*self._files, *self._inputs]
-        for name in files:
-            file = self._folder / name
-            facts = file.stat() if file.exists() else file.lstat()  # a link may lead nowhere
-            digest.update(b"%s\0%d\0%d\n" % (os.fsencode(name), facts.st_size, facts.st_mtime_ns))
-        for name in files[:: max(1, len(files) // COMPARED)]:
-            with suppress(OSError):
-                digest.update(self._read_at_most(self._folder / name, COMPARED_BYTES))
+        names = [*self._images, *self._inputs]
+        for name in names:
+            digest.update(b"%s\0%s\n" % (os.fsencode(name), self._files.state(name)))
+        for name in names[:: max(1, len(names) // COMPARED)]:
+            with suppress(OSError, BadSampleError):
+                digest.update(self._files.read(name, COMPARED_BYTES))
         return digest.hexdigest()
 
+    @override
     def former_fingerprint(self) -> str:
-        """Hash the names, sizes and times of all files."""
-        digest = hashlib.sha256()
-        for file in sorted(self._folder.rglob("*")):
+        """Hash the names, sizes and times of all files; earlier versions read no zips."""
+        if not isinstance(self._files, FolderFiles):
+            return super().former_fingerprint()
+        digest, folder = hashlib.sha256(), self._files.folder
+        for file in sorted(folder.rglob("*")):
             if file.is_file():
                 facts = file.stat()
-                name = os.fsencode(file.relative_to(self._folder))
+                name = os.fsencode(file.relative_to(folder))
                 digest.update(b"%s\0%d\0%d\n" % (name, facts.st_size, facts.st_mtime_ns))
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._files) + len(self._missing) + len(self._rejected)
+        return len(self._images) + len(self._missing) + len(self._rejected)
 
     @property
     def images(self) -> int:
         """Number of files with images."""
-        return len(self._files)
+        return len(self._images)
 
     def sample(self, number: int) -> Iterator[Item]:
         """Yield about `number` of the images, spread evenly."""
-        return (self._item(name) for name in spread(self._files, number))
+        return (self._item(name) for name in spread(self._images, number))
 
     def _item(self, name: str) -> Item:
         try:
@@ -143,7 +154,7 @@ class FolderSource:
             return Rejected(key=_shown(name), reason=f"file cannot be read ({error.strerror})")
 
     def __iter__(self) -> Iterator[Item]:
-        yield from map(self._item, self._files)
+        yield from map(self._item, self._images)
         for name in self._missing:
             yield Rejected(key=printable(name), reason="captioned, but no such image")
         for item in self._rejected:
@@ -153,7 +164,7 @@ class FolderSource:
         if not is_unicode(name):
             raise BadSampleError("file name is not UTF-8 text")
         label = self._classes.number_of(self._label(name))
-        read = partial(self._read_at_most, self._folder / name, MAX_IMAGE_BYTES)
+        read = partial(self._files.read, name, MAX_IMAGE_BYTES)
         extension = PurePosixPath(name).suffix.lower().removeprefix(".")
         row = self._describe(name)
         return make_sample(name, row, label, self._classes, read, self._config, extension)
@@ -168,24 +179,20 @@ class FolderSource:
         row = replace(row, captions=[*row.captions], noted=Counter(row.noted))
         stem = PurePosixPath(name.lower())
         if not row.captions and (text := self._beside.get(stem.with_suffix(".txt"))):
-            payload = self._read_at_most(self._folder / text, MAX_TEXT_BYTES)
+            payload = self._files.read(text, MAX_TEXT_BYTES)
             row.captions = texts_of(decode_text(payload, self._config.encoding, row.noted))
         if document := self._beside.get(stem.with_suffix(".json")):
-            found = decode_json(self._read_at_most(self._folder / document, MAX_JSON_BYTES))
+            found = decode_json(self._files.read(document, MAX_JSON_BYTES))
             if not is_json_object(found):
                 raise BadSampleError("JSON is not an object")
             caption = lookup(found, self._config.source.caption_field)
             row.add(None if row.captions else caption, found)
         return row
 
-    def _read_at_most(self, file: Path, limit: int) -> bytes:
-        """Read a file up to `limit` + 1 bytes; the last byte shows that a file is over the limit.
 
-        Raises: UnsafeFileError where it is no regular file of the source; OSError where it cannot
-        be read.
-        """
-        with os.fdopen(open_regular(file, below=self._folder), "rb") as stream:
-            return stream.read(limit + 1)
+def _below(root: str, names: Iterable[str]) -> list[str]:
+    """Return the paths below a root, relative to it."""
+    return [name[len(root) :] for name in names if name.startswith(root)]
 
 
 def _shown(name: str) -> str:
@@ -202,22 +209,23 @@ class ClassFolders(FolderSource):
 
     @override
     def _find_classes(self) -> Classes:
-        names = sorted({name.split("/")[0] for name in self._files if "/" in name})
+        paths = map(self._files.inner, self._images)
+        names = sorted({path.split("/")[0] for path in paths if "/" in path})
         if names and {name.lower() for name in names} <= SPLITS:
             raise ValueError(
-                f"data.source.path: {self._folder} holds {', '.join(names)}, which are splits and "
-                f"no classes: set data.source.path={self._folder / names[0]}"
+                f"data.source.path: {self._files} holds {', '.join(names)}, which are splits and "
+                f"no classes: set data.source.path={self._files}/{names[0]}"
             )
         if not names:
             raise ValueError(
-                f"data.source.kind=class_folders: {self._folder} has no folder with images; name "
+                f"data.source.kind=class_folders: {self._files} has no folder with images; name "
                 "the folder that holds one folder for each class"
             )
         return Classes(names)
 
     @override
     def _label(self, name: str) -> object:
-        folder, inside, _ = name.partition("/")
+        folder, inside, _ = self._files.inner(name).partition("/")
         if not inside:
             raise BadSampleError("in no folder of a class")
         return folder

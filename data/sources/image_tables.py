@@ -23,7 +23,7 @@ from data.shards.manifest import Rejected
 from data.sources.caption_tables import Row, json_value
 from data.sources.listing import Listing, own_folders, walk
 from data.sources.making import Classes, make_sample
-from data.sources.samples import Item, RawSample, spread
+from data.sources.samples import Item, RawSample, Source, spread
 from data.storage.arrow import ArrowTable
 from data.storage.documents import is_json_array, is_json_object, lookup, parse_json
 from data.storage.parquet import ColumnKind, ParquetTable
@@ -36,7 +36,7 @@ FOOTER_BYTES = 2**16
 """Bytes at both ends of a table that are hashed: the last ones tell the sizes of all chunks."""
 
 
-class ImageTables:
+class ImageTables(Source):
     """The images in the Parquet and Arrow files below a folder, or in one such file.
 
     Raises: FileNotFoundError where there is none; ValueError where one cannot be read, or lacks a
@@ -54,6 +54,10 @@ class ImageTables:
         self._folder = place if place.is_dir() else place.parent
         self.left_alone = Tally()
         self._rejected: list[Rejected] = []
+        if place.is_file() and place.suffix not in TABLES:
+            raise ValueError(
+                f"data.source.path: {place} is neither a folder nor a {' or '.join(TABLES)} file"
+            )
         self._files = list(self._list()) if place.is_dir() else [place.name]
         if not self._files:
             raise FileNotFoundError(
@@ -125,10 +129,6 @@ class ImageTables:
                 file.seek(max(0, facts.st_size - FOOTER_BYTES))
                 digest.update(file.read())
         return digest.hexdigest()
-
-    def former_fingerprint(self) -> str:
-        """Return the same hash: earlier versions read no such tables."""
-        return self.fingerprint()
 
     def __len__(self) -> int:
         return sum(self._numbers) + len(self._rejected)

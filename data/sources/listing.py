@@ -1,7 +1,7 @@
 """List the files below a folder of images, each in its part: nothing is passed over in silence."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 
@@ -15,10 +15,12 @@ from data.sources.coco import is_annotation
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 """Picture that `trainer.pack … stats=true` writes into a data set's folder."""
+MAC_FOLDER = "__MACOSX"
+"""Folder of a zip with what a Mac notes of the other files."""
 WAYS = {
     "tar": "for tars set data.source.kind=webdataset",
     "tgz": "unpack it, and for tars set data.source.kind=webdataset",
-    "zip": "unpack it: `unzip FILE`",
+    "zip": "not read beside pictures; data.source.path=FILE.zip reads it in place",
     "mdb": "LMDB is not read: write its values to files or tars",
     "lmdb": "LMDB is not read: write its values to files or tars",
     "tfrecord": "TFRecords are not read: write them to tars",
@@ -75,17 +77,23 @@ def list_files(folder: Path, own: Iterable[Path]) -> Listing:
     own: resolved paths of folders that are not entered; see `own_folders`.
     """
     listing = Listing()
+    sort_files(sorted(walk(folder, listing, set(own))), listing)
+    return listing
+
+
+def sort_files(names: Iterable[str], listing: Listing, inner: Callable[[str], str] = str) -> None:
+    """Add files to a listing, by their names; inner: gives the path below a root for tables."""
     texts: list[str] = []
-    for name in sorted(walk(folder, listing, set(own))):
+    for name in names:
         path = PurePosixPath(name)
         extension = _extension(path)
-        if path.name.startswith("._"):
+        if path.name.startswith("._") or MAC_FOLDER in path.parts:
             listing.left_alone.add(Fate.left_alone, "attributes that a Mac wrote", name)
         elif extension in IMAGE_EXTENSIONS:
             listing.images.append(name)
         elif extension in OTHER_PICTURES:
             listing.rejected.append(Rejected(key=name, reason=unread_picture(extension)))
-        elif name in TABLES or is_annotation(name):
+        elif inner(name) in TABLES or is_annotation(inner(name)):
             listing.inputs.append(name)
         elif extension in ("txt", "json"):
             texts.append(name)
@@ -101,7 +109,6 @@ def list_files(folder: Path, own: Iterable[Path]) -> Listing:
         else:
             kind = PurePosixPath(name).suffix
             listing.left_alone.add(Fate.left_alone, f"{kind}: no image of this name", name)
-    return listing
 
 
 def _extension(path: PurePath) -> str:

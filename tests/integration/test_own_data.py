@@ -6,6 +6,7 @@ import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import make_archive
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = folder / "my_classes" / text.split()[-1] / f"{stem}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes((folder / "my_pictures" / f"{stem}.png").read_bytes())
+    make_archive(str(folder / "my_pictures"), "zip", folder / "my_pictures")
     img2dataset(folder / "my_download")
     images = [path.read_bytes() for path in sorted((folder / "my_pictures").glob("*.png"))]
     (folder / "my_dataset").mkdir()
@@ -120,7 +122,7 @@ def test_every_command_of_the_page_runs_in_its_order(
     places: Path, workshop: Workshop, store: dict[str, str]
 ) -> None:
     shown = commands()
-    assert len(shown) == 11
+    assert len(shown) == 12
     for command in shown:
         module, *words = adapted(command, places, workshop)
         ended = Command(module, words, environment=store).finish(timeout_s=300)

@@ -11,6 +11,7 @@ from data.config import DataConfig, SourceConfig, SourceKind
 from data.shards.codecs import IMAGE_EXTENSIONS
 from data.sources.caption_tables import TABLES
 from data.sources.coco import is_annotation
+from data.sources.files import open_zips
 from data.sources.folder import SPLITS
 from data.sources.image_tables import TABLES as IMAGE_TABLES
 from data.sources.image_tables import columns_of
@@ -102,9 +103,9 @@ def find_kind(path: str) -> tuple[SourceKind, str]:
     place = local_path(path)
     if place is None or ".tar" in path:
         return SourceKind.webdataset, "tars, read where they lie"
-    if not path or not place.exists():
+    names = _names_at(place)
+    if not names:
         raise FileNotFoundError(f"data.source.path: nothing at {path!r}")
-    names = list(_first_files(place)) if place.is_dir() else [place.name]
     suffixes = [PurePosixPath(name).suffix.lower() for name in names]
     pictures = [n for n, s in zip(names, suffixes, strict=True) if s[1:] in IMAGE_EXTENSIONS]
     tars = sum(suffix == ".tar" for suffix in suffixes)
@@ -120,6 +121,17 @@ def find_kind(path: str) -> tuple[SourceKind, str]:
     return SourceKind.folder, "pictures with a table or texts beside them" if (
         described or beside
     ) else "pictures"
+
+
+def _names_at(place: Path) -> list[str]:
+    """Return names of files below a folder, or in its zips if it holds no picture; or of a file."""
+    names = list(_first_files(place)) if place.is_dir() else [place.name] * place.is_file()
+    if any(Path(name).suffix.lower()[1:] in IMAGE_EXTENSIONS for name in names):
+        return names
+    zips = open_zips(str(place))
+    if zips is None:
+        return names
+    return [zips.inner(name) for name in (*zips.listing.images, *zips.listing.inputs)]
 
 
 def _first_files(folder: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from data.config import SourceConfig
 from data.shards.codecs import MAX_TEXT_BYTES
 from data.shards.manifest import Rejected, encode_ledger
 from data.sources.caption_tables import read_tables
+from data.sources.files import FolderFiles
 from data.sources.folder import FolderSource
 from data.sources.samples import RawSample
 from tests.support.data_sets import data_config, png
@@ -118,5 +119,5 @@ def test_no_text_ends_the_packing(rows: list[dict[str, Any]], name: str, caption
 def test_no_bytes_break_a_csv_of_captions(payload: bytes) -> None:
     with tempfile.TemporaryDirectory() as base:
         (Path(base) / "captions.csv").write_bytes(b"file_name,text\n" + payload)
-        rows = read_tables(Path(base), data_config(Path(base)))
+        rows = read_tables(FolderFiles(Path(base)).open, base, data_config(Path(base)))
     assert all(isinstance(name, str) for name in rows)
