@@ -45,12 +45,16 @@ def crc32(payload: Buffer, start: int = 0) -> int:
 
 
 def index_shard(
-    buffer: Content, required: Sequence[Sequence[str]], alone: Tally | None = None
+    buffer: Content,
+    required: Sequence[Sequence[str]],
+    alone: Tally | None = None,
+    edges: list[str] | None = None,
 ) -> tuple[np.ndarray, list[Rejected]]:
     """Index the sound samples of a shard, and list the rejected ones with their reasons.
 
     buffer: bytes of the shard. required: groups of extensions; a sample needs one of each group.
-    alone: counts the members that are not read.
+    alone: counts the members that are not read. edges: gets the keys of the first and the last
+    sample, whatever becomes of them.
     Returns the index, [samples] in the order of the shard, with a field `key` and one of
     MEMBER_DTYPE for each extension; and the rejections. Damage that belongs to no known sample is
     a rejection with an empty key.
@@ -58,6 +62,8 @@ def index_shard(
     alone = Tally() if alone is None else alone
     pictures: dict[str, str] = {}
     samples, reasons, damage = _group_members(buffer, alone, pictures)
+    if edges is not None and samples:
+        edges += [next(iter(samples)), next(reversed(samples))]
     for key, members in samples.items():
         for group in required:
             if members.keys().isdisjoint(group):

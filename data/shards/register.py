@@ -105,6 +105,8 @@ class Registered:
     """img2dataset's counts of images tried, fetched and failed."""
     left_out: list[LeftOut] = field(default_factory=list[LeftOut])
     """What of the tar is not in the index, by reason."""
+    edges: list[str] = field(default_factory=list[str])
+    """Keys of the tar's first and last sample; empty if it has none."""
 
 
 def state_of(tar: str, rules: Sequence[FilterConfig]) -> str:
@@ -150,8 +152,9 @@ def register_parts(name: str, kind: Kind, base: str, selection: Selection) -> li
     location = join_location(base, name)
     buffer = open_file(location, scratch=selection.parts[0].folder)
     refuse_compressed(location, buffer[:8])
-    tally = Tally()
-    index, rejected = index_shard(buffer, required_members(kind, selection.captions), tally)
+    tally, edges = Tally(), list[str]()
+    required = required_members(kind, selection.captions)
+    index, rejected = index_shard(buffer, required, tally, edges)
     uncaptioned: list[Rejected] = []
     if not selection.empty_captions:
         index, uncaptioned = _without_empty_captions(index, selection.captions)
@@ -179,7 +182,7 @@ def register_parts(name: str, kind: Kind, base: str, selection: Selection) -> li
         tally.add(Fate.rejected if item.key else Fate.damaged, item.reason, item.key or name)
     tally.merge(found[0].left_out)
     rejected = [replace(item, shard=name) for item in filtering.rejected]
-    found[0] = replace(found[0], rejected=rejected, left_out=tally.entries())
+    found[0] = replace(found[0], rejected=rejected, left_out=tally.entries(), edges=edges)
     return found
 
 
@@ -278,6 +281,7 @@ def _read_receipt(tar: Tar, selection: Selection, identity: str) -> list[Registe
                 dropped=entry["dropped"],
                 downloads=entry["downloads"],
                 left_out=[LeftOut(**item) for item in entry["left_out"]],
+                edges=entry["edges"],
             )
             path = part.folder / one.shard.index_name
             index = read_file(path, limit=MAX_ARRAY_BYTES, below=part.folder)

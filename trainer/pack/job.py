@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from data.shards import filters
 from data.shards.account import SAMPLES, Fate, Tally, total
 from data.shards.captions import CaptionRule
 from data.shards.codecs import BadSampleError
+from data.shards.edges import Edges, count_split
 from data.shards.manifest import (
     FILE_NAME,
     REJECTED_NAME,
@@ -31,7 +33,7 @@ from data.shards.reader import ShardReader
 from data.shards.register import Part, Registered, Selection, Tar, register_tars, state_of
 from data.shards.stored import StoredSample
 from data.shards.writer import ShardSetWriter
-from data.sources.samples import NotChosen, RawSample, Source
+from data.sources.samples import Item, NotChosen, RawSample, Source
 from data.sources.sources import open_source
 from data.sources.tars import list_tars_of
 from data.storage.atomic import write_atomic
@@ -46,10 +48,11 @@ from trainer.pack.proposal import print_proposal
 from trainer.pack.samples import first_to_drop, members_of, with_size_rules
 from trainer.pack.sizes import size_lines
 from trainer.pack.stats import measured_sides, print_statistics
-from trainer.pack.summary import print_summary, refuse_losses
+from trainer.pack.summary import allows, losses, print_summary, refuse_losses
 from trainer.pack.verify import verify
 from trainer.runtime.progress import byte_bar
 
+KEPT = "packing has stopped there; the next one replaces the shards that were written"
 STAT_THREADS = 32
 """Parallel requests for file sizes: a remote store takes tens of milliseconds for each."""
 
@@ -99,6 +102,8 @@ class _Split:
     shards: list[Shard] = field(default_factory=list[Shard])
     rejected: list[Rejected] = field(default_factory=list[Rejected])
     noted: Counter[str] = field(default_factory=Counter[str])
+    edges: list[Edges] = field(default_factory=list[Edges])
+    """First and last samples of tars."""
     empty_tars: list[str] = field(default_factory=list[str])
     """Damaged tars without a sample."""
     dropped: Counter[int] = field(default_factory=Counter[int])
@@ -113,6 +118,7 @@ class _Split:
         self.dropped.update(dict(enumerate(tar.dropped)))
         self.downloads.update(tar.downloads)
         self.tally.merge(tar.left_out)
+        self.edges.append((tar.shard.name, tar.edges, tar.rejected))
 
 
 def _targets(data: DataConfig) -> dict[str, Path]:
@@ -180,23 +186,15 @@ def _write_shards(config: Config) -> None:
         ShardSetWriter(Path(data.train), Kind.images, size) as train,
         ShardSetWriter(Path(data.val), Kind.images, size) as val,
     ):
-        for item in tqdm(source, desc="pack", unit="image", disable=None):
-            if not isinstance(item, RawSample):
-                _leave_out(splits["data.train"], item)
-                continue
-            in_val = item.draw < data.source.val_share
+        lost = 0
+        items = tqdm(source, desc="pack", unit="image", disable=None)
+        for seen, item in enumerate(items, start=1):
+            in_val = isinstance(item, RawSample) and item.draw < data.source.val_share
             split = splits["data.val" if in_val else "data.train"]
-            try:
-                rule = first_to_drop(data, item)
-            except BadSampleError as error:
-                _leave_out(split, Rejected(key=item.name, reason=str(error)))
-                continue
-            if rule is None:
-                split.noted += item.noted
-                (val if in_val else train).write(members_of(item))
-                continue
-            split.dropped[rule] += 1
-            split.tally.add(Fate.filtered, filters.rule_text(data.filters[rule]), item.name)
+            _write_or_leave_out(data, item, split, val if in_val else train)
+            before, lost = lost, sum(len(one.rejected) for one in splits.values())
+            if lost > before and not allows(lost, len(source), config.pack.max_rejected):
+                _stop_early(config, splits, lost, seen, len(source))
     splits["data.train"].tally.merge(source.left_alone.entries())
     splits["data.train"].shards = train.shards
     if "data.val" in splits:
@@ -209,6 +207,38 @@ def _write_shards(config: Config) -> None:
         classes=list(source.classes),
     )
     _publish(config, origin, splits, about)
+
+
+def _write_or_leave_out(
+    data: DataConfig, item: Item, split: _Split, writer: ShardSetWriter
+) -> None:
+    if not isinstance(item, RawSample):
+        _leave_out(split, item)
+        return
+    try:
+        rule = first_to_drop(data, item)
+    except BadSampleError as error:
+        _leave_out(split, Rejected(key=item.name, reason=str(error)))
+        return
+    if rule is None:
+        split.noted += item.noted
+        writer.write(members_of(item))
+        return
+    split.dropped[rule] += 1
+    split.tally.add(Fate.filtered, filters.rule_text(data.filters[rule]), item.name)
+
+
+def _stop_early(
+    config: Config, splits: dict[str, _Split], lost: int, seen: int, found: int
+) -> NoReturn:
+    """Raise ValueError: already more of the samples are lost than all of them may lose."""
+    folders = _targets(config.data)
+    tally = Tally()
+    for option, folder in folders.items():
+        write_atomic(folder / REJECTED_NAME, encode_ledger(splits[option].rejected))
+        tally.merge(splits[option].tally.entries())
+    samples = f"{lost} of {found} samples (all of them among the first {seen})"
+    raise losses(tally, samples, config.pack.max_rejected, lost / seen, folders.values(), KEPT)
 
 
 def _is_full(config: Config) -> bool:
@@ -292,6 +322,8 @@ def _register_tars(config: Config) -> None:
             if is_damaged and not packed + total(train.left_out, *SAMPLES):
                 splits["data.train"].empty_tars.append(train.shard.name)
             bar.update(train.shard.size_bytes)
+    if split := count_split(splits["data.train"].edges):
+        splits["data.train"].tally.merge([split])
     _publish(config, origin, splits, Manifest(kind=Kind.images, shards=[], base=base))
 
 

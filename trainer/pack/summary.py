@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from data.shards.account import SAMPLES, Fate, LeftOut, Tally, total
+from data.shards.account import SAMPLES, Fate, Tally, total
 from data.shards.manifest import REJECTED_NAME, Manifest
 
 SHOWN = 5
@@ -44,6 +44,15 @@ def print_summary(option: str, folder: Path, manifest: Manifest) -> None:
         print(f"  licence: {manifest.licence}")
 
 
+def allows(lost: int, found: int, allowed: float) -> bool:
+    """Say whether a set may lose so many of the samples that were found.
+
+    allowed: pack.max_rejected.
+    """
+    too_few = 0 < found * allowed < 1  # one sample is already more than the share
+    return lost / max(found, 1) <= allowed or (too_few and lost <= TOLERATED)
+
+
 def refuse_losses(
     manifests: Mapping[Path, Manifest], empty_tars: Iterable[str], allowed: float
 ) -> None:
@@ -56,19 +65,35 @@ def refuse_losses(
     tally = Tally()
     for manifest in manifests.values():
         tally.merge(manifest.left_out)
-    rejected = [entry for entry in tally.entries() if entry.fate == Fate.rejected]
-    lost, empty = total(rejected, Fate.rejected), list(empty_tars)
+    lost, empty = total(tally.entries(), Fate.rejected), list(empty_tars)
     tars = sum(len(manifest.shards) for manifest in manifests.values())
     share = max(lost / max(found, 1), len(empty) / max(tars, 1))
-    too_few = 0 < found * allowed < 1  # one sample is already more than the share
-    if share <= allowed or (too_few and lost <= TOLERATED and not empty):
+    if share <= allowed or (allows(lost, found, allowed) and not empty):
         return
-    reasons: list[LeftOut | str] = [*rejected[:SHOWN]]
-    if empty:
-        reasons.append(f"{len(empty)} of {tars} tars damaged without a sample, {empty[0]} first")
-    ledgers = " and ".join(str(folder / REJECTED_NAME) for folder in manifests)
-    raise ValueError(
-        f"pack.max_rejected: {lost} of {found} samples cannot be used, which is more than "
-        f"{allowed:.2%}; {'; '.join(map(str, reasons))}. {ledgers} has the list. Mend the source, "
-        f"or allow it by pack.max_rejected={math.ceil(share * 100) / 100}"
+    more = (
+        f"{len(empty)} of {tars} tars damaged without a sample, {empty[0]} first" if empty else ""
+    )
+    raise losses(tally, f"{lost} of {found} samples", allowed, share, manifests, more)
+
+
+def losses(
+    tally: Tally,
+    lost: str,
+    allowed: float,
+    share: float,
+    folders: Iterable[Path],
+    more: str = "",
+) -> ValueError:
+    """Return the error of a set that loses too much.
+
+    lost: how many samples. share: a part that would have to be allowed. folders: of the ledgers.
+    more: another reason.
+    """
+    rejected = [entry for entry in tally.entries() if entry.fate == Fate.rejected][:SHOWN]
+    reasons = [*map(str, rejected), *([more] if more else [])]
+    ledgers = " and ".join(str(folder / REJECTED_NAME) for folder in folders)
+    return ValueError(
+        f"pack.max_rejected: {lost} cannot be used, which is more than {allowed:.2%}; "
+        f"{'; '.join(reasons)}. {ledgers} has the list. Mend the source, or allow it by "
+        f"pack.max_rejected={math.ceil(share * 100) / 100}"
     )

@@ -16,6 +16,7 @@ import pytest
 from data.config import DataConfig, FilterConfig, SourceConfig, SourceKind
 from data.shards.index import unread_picture
 from data.shards.manifest import Manifest, ManifestError
+from data.sources import making
 from tests.support.data_sets import data_config, png
 from tests.support.packing import (
     contents,
@@ -27,6 +28,7 @@ from tests.support.packing import (
     webdataset,
 )
 from trainer.config import PackVerify
+from trainer.pack.verify import verify
 
 
 def test_a_folder_is_packed_whole_and_split(
@@ -244,11 +246,35 @@ def test_too_many_losses_are_an_error_unless_they_are_allowed(tmp_path: Path) ->
     message = r"pack\.max_rejected: 2 of 20 samples .* more than 5\.00%; rejected 2: no caption "
     with pytest.raises(ValueError, match=message + r"\(03\.png, 04\.png\)") as caught:
         run(data, max_rejected=0.05)
-    assert "allow it by pack.max_rejected=0.1" in str(caught.value)
+    assert "the next one replaces the shards that were written" in str(caught.value)
+    assert "allow it by pack.max_rejected=0.4" in str(caught.value)  # 2 of the first 5
     assert not (Path(data.train) / "manifest.json").exists()
     assert len((Path(data.train) / "rejected.jsonl").read_text().splitlines()) == 2
     run(data, max_rejected=0.1)
     assert len(contents(data.train)) == 18
+
+
+def test_packing_stops_once_too_many_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = folder_config(tmp_path, samples=40, val_share=0.5, shard_samples=4)
+    for number in range(17, 40, 2):
+        (tmp_path / "raw" / f"{number:02d}.txt").unlink()
+    read = list[str]()
+    genuine = making.decode_image
+    monkeypatch.setattr(
+        making, "decode_image", lambda *words: read.append("picture") or genuine(*words)
+    )
+    with pytest.raises(ValueError, match=r"5 of 40 samples \(all of them among the first 26\)"):
+        run(data, max_rejected=0.1)
+    assert len(read) == 26 - 5
+    ledgers = [Path(folder) / "rejected.jsonl" for folder in (data.train, data.val)]
+    assert sum(len(ledger.read_text().splitlines()) for ledger in ledgers) == 5
+    assert not list(Path(data.dir).rglob("*.part"))
+    run(data)
+    manifests = [Manifest.load(folder, option="data") for folder in (data.train, data.val)]
+    assert sum(manifest.samples for manifest in manifests) == 28
+    verify(data)
 
 
 def test_full_verification_reads_what_samples_of_bytes_do_not(
