@@ -68,8 +68,9 @@ class SourceConfig:
     """Kind of the raw images and captions."""
     path: str = ""
     """folder, class_folders: the folder, a zip (`FILE.zip`, `FILE.zip/FOLDER`), or several zips (a
-    folder of them, `parts/*.zip`). image_tables: the folder. webdataset: folders of tars
-    (img2dataset's, too) or brace patterns, as paths or URLs, joined by `::`. openmoji: not read."""
+    folder of them, `parts/*.zip`). image_tables: the folder, or a pattern (`FOLDER/train-*`).
+    webdataset: folders of tars (img2dataset's, too) or brace patterns, as paths or URLs, joined by
+    `::`. openmoji: not read."""
     file_field: str = "file_name"
     """[not empty] folder: column of a table with the path of an image, relative to the folder."""
     caption_field: str = "text"

@@ -238,9 +238,17 @@ def open_zips(path: str) -> ZipFiles | None:
         if _is_zip(outer):
             inside = place.relative_to(outer).as_posix()
             return ZipFiles(outer, {"": outer}, "" if inside == "." else inside)
+    found = find_pattern(place)
+    base = os.path.commonpath([one.parent for one in found]) if found else ""
+    return _several(Path(base), found)
+
+
+def find_pattern(place: Path) -> list[Path]:
+    """Return the files that a pattern names, sorted: none for a path that is there as it stands."""
+    if not _GLOB & {*str(place)} or place.exists():
+        return []
     anchor = Path(place.anchor)
-    found = list(anchor.glob(str(place.relative_to(anchor)))) if _GLOB & {*path} else []
-    return _several(Path(os.path.commonpath([one.parent for one in found] or [anchor])), found)
+    return sorted(one for one in anchor.glob(str(place.relative_to(anchor))) if one.is_file())
 
 
 def _several(base: Path, paths: Iterable[Path]) -> ZipFiles | None:

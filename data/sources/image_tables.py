@@ -6,10 +6,10 @@ Hugging Face `datasets` writes them: a folder of Parquet files from its hub, or 
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from data.config import DataConfig
@@ -21,6 +21,8 @@ from data.shards.codecs import (
 )
 from data.shards.manifest import Rejected
 from data.sources.caption_tables import Row, json_value
+from data.sources.files import find_pattern
+from data.sources.folder import SPLITS
 from data.sources.listing import Listing, own_folders, walk
 from data.sources.making import Classes, make_sample
 from data.sources.samples import Item, RawSample, Source, spread
@@ -37,10 +39,10 @@ FOOTER_BYTES = 2**16
 
 
 class ImageTables(Source):
-    """The images in the Parquet and Arrow files below a folder, or in one such file.
+    """The images in the Parquet and Arrow files below a folder, of a pattern, or in one such file.
 
     Raises: FileNotFoundError where there is none; ValueError where one cannot be read, or lacks a
-    column that an option names.
+    column that an option names, or a folder holds several splits.
     """
 
     licence = ""
@@ -49,16 +51,22 @@ class ImageTables(Source):
     def __init__(self, config: DataConfig) -> None:
         self._config, self._source = config, config.source
         place = Path(config.source.path)
-        if not config.source.path or not place.exists():
+        chosen = find_pattern(place)
+        if not config.source.path or not (chosen or place.exists()):
             raise FileNotFoundError(f"data.source.path: nothing at {config.source.path!r}")
-        self._folder = place if place.is_dir() else place.parent
+        self._folder = place if place.is_dir() else _base(chosen or [place])
         self.left_alone = Tally()
         self._rejected: list[Rejected] = []
         if place.is_file() and place.suffix not in TABLES:
             raise ValueError(
                 f"data.source.path: {place} is neither a folder nor a {' or '.join(TABLES)} file"
             )
-        self._files = list(self._list()) if place.is_dir() else [place.name]
+        if place.is_dir():
+            self._files = list(self._list())
+            self._refuse_splits()
+        else:
+            names = [one.relative_to(self._folder).as_posix() for one in chosen or [place]]
+            self._files = list(self._tables(names))
         if not self._files:
             raise FileNotFoundError(
                 f"data.source.path: no {' or '.join(TABLES)} file below {self._folder}"
@@ -68,12 +76,29 @@ class ImageTables(Source):
 
     def _list(self) -> Iterator[str]:
         listing = Listing(left_alone=self.left_alone, rejected=self._rejected)
-        for name in sorted(walk(self._folder, listing, own_folders(self._config, self._folder))):
+        found = walk(self._folder, listing, own_folders(self._config, self._folder))
+        return self._tables(sorted(found))
+
+    def _tables(self, names: Iterable[str]) -> Iterator[str]:
+        for name in names:
             path = PurePosixPath(name)
-            if path.suffix in TABLES and not path.name.startswith((".", "_", "cache-")):
+            if _is_table(path):
                 yield name
             else:
                 self.left_alone.add(Fate.left_alone, f"{path.suffix or 'file'}: no table", name)
+
+    def _refuse_splits(self) -> None:
+        """Refuse to mix pictures for training and for tests; a pattern may name both."""
+        splits = {split: name for name in self._files if (split := _split_of(name))}
+        if len(splits) > 1:
+            split = next((one for one in splits if one.startswith("train")), min(splits))
+            name = splits[split]
+            place = f"{self._folder}/{name[: name.index(split) + len(split)]}"
+            place += "" if Path(place).is_dir() else "*"
+            raise ValueError(
+                f"data.source.path: {self._folder} holds the splits {', '.join(sorted(splits))}; "
+                f"name one of them, such as 'data.source.path={place}'"
+            )
 
     def _check(self, name: str) -> int:
         """Return the number of rows of a table; refuse one without the columns."""
@@ -207,13 +232,31 @@ class ImageTables(Source):
         return cell
 
 
+def _is_table(path: PurePath) -> bool:
+    return path.suffix in TABLES and not path.name.startswith((".", "_", "cache-"))
+
+
+def _base(files: Sequence[Path]) -> Path:
+    return Path(os.path.commonpath([file.parent for file in files]))
+
+
+def _split_of(name: str) -> str:
+    """Return the split of a table: a folder of its path, or the beginning of its name; else empty.
+
+    `datasets` writes `train/data-00000-of-00001.arrow`, its hub `data/train-00000-of-1.parquet`.
+    """
+    *folders, file = PurePosixPath(name).parts
+    words = [*folders, file.split("-")[0].split(".")[0]]
+    return next((word for word in words if word in SPLITS), "")
+
+
 def columns_of(place: Path) -> list[str]:
     """Return the names of the columns of a table, or of the first one below a folder.
 
     Raises: ValueError where it cannot be read.
     """
-    tables = (path for path in sorted(place.rglob("*")) if path.suffix in TABLES)
-    path = next(tables) if place.is_dir() else place
+    inside = sorted(place.rglob("*")) if place.is_dir() else find_pattern(place) or [place]
+    path = next(path for path in inside if path.suffix in TABLES)
     with TABLES[path.suffix](os.fdopen(open_regular(path), "rb")) as table:
         return list(table.columns)
 

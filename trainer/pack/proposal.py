@@ -11,7 +11,7 @@ from data.config import DataConfig, SourceConfig, SourceKind
 from data.shards.codecs import IMAGE_EXTENSIONS
 from data.sources.caption_tables import TABLES
 from data.sources.coco import is_annotation
-from data.sources.files import open_zips
+from data.sources.files import find_pattern, open_zips
 from data.sources.folder import SPLITS
 from data.sources.image_tables import TABLES as IMAGE_TABLES
 from data.sources.image_tables import columns_of
@@ -125,7 +125,8 @@ def find_kind(path: str) -> tuple[SourceKind, str]:
 
 def _names_at(place: Path) -> list[str]:
     """Return names of files below a folder, or in its zips if it holds no picture; or of a file."""
-    names = list(_first_files(place)) if place.is_dir() else [place.name] * place.is_file()
+    named = find_pattern(place) or [place] * place.is_file()
+    names = list(_first_files(place)) if place.is_dir() else [one.name for one in named]
     if any(Path(name).suffix.lower()[1:] in IMAGE_EXTENSIONS for name in names):
         return names
     zips = open_zips(str(place))

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
 from data.config import SourceConfig, SourceKind
+from data.shards.account import Fate, total
 from data.shards.codecs import REPLACED_BYTES
 from data.shards.manifest import Rejected
+from data.sources.image_tables import columns_of
 from data.sources.samples import RawSample, Source
 from data.sources.sources import open_source
 from data.storage.arrow import ArrowTable
 from tests.support.data_sets import data_config, png
+from trainer.pack.proposal import find_kind
 
 CLASSES = {"info": {"features": {"label": {"names": ["cat", "golden_retriever"]}}}}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -69,6 +72,41 @@ def test_a_folder_of_tables_is_read(tmp_path: Path, suffix: str) -> None:
     assert samples[0].metadata == {"lang": "de"}
     assert source.classes == ["cat", "golden_retriever"]
     assert [one.reason for one in source.left_alone.entries()] == [".json: no table"]
+
+
+@pytest.mark.parametrize(
+    ("names", "place"),
+    [
+        (["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"], "train"),
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], "data/train*"),
+        (["full/train/0000.parquet", "full/validation/0000.parquet"], "full/train"),
+        (["test.parquet", "validation.parquet"], "test*"),
+    ],
+)
+def test_splits_are_not_mixed_in_silence(tmp_path: Path, names: list[str], place: str) -> None:
+    folder = tmp_path / "set"
+    for number, name in enumerate(names):
+        write(folder / name, table_of(10 * number, 3))
+    with pytest.raises(ValueError, match=r"holds the splits .*; name one of them") as caught:
+        source_of(folder)
+    assert f"'data.source.path={folder}/{place}'" in str(caught.value)
+    assert [one.image for one in samples_of(source_of(folder / place))] == [
+        png(n) for n in range(3)
+    ]
+    (folder / names[0]).with_suffix(".md").write_text("x")
+    pattern = Path(f"{tmp_path}/s*/**/*")
+    both = source_of(pattern)
+    assert len(samples_of(both)) == len(both) == 6
+    assert total(both.left_alone.entries(), Fate.left_alone) == 1
+    assert find_kind(str(pattern))[0] is SourceKind.image_tables
+    assert columns_of(pattern) == ["image", "text", "label"]
+
+
+def test_tables_of_one_split_need_no_choice(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00002.parquet", table_of(0, 3))
+    write(tmp_path / "more/train-00001-of-00002.parquet", table_of(3, 3))
+    write(tmp_path / "trainers.parquet", table_of(6, 3))
+    assert len(samples_of(source_of(tmp_path))) == 9
 
 
 def test_a_linked_folder_of_tables_is_told(tmp_path: Path) -> None:
