@@ -11,7 +11,7 @@ from data.shards.codecs import BadSampleError
 from data.shards.index import key_problem
 from data.shards.manifest import Kind, Shard
 from data.shards.register import register_shard
-from data.storage.atomic import commit, hidden_file
+from data.storage.atomic import commit, hidden_file, named
 
 
 class ShardWriter:
@@ -48,7 +48,8 @@ class ShardWriter:
         if problem:
             raise BadSampleError(problem)
         self._keys.add(key)
-        self._tar.write({"__key__": key, **members})
+        with named(self._folder / self._name):
+            self._tar.write({"__key__": key, **members})
 
     def close(self) -> Shard:
         """Publish the shard and its index, and return the manifest's entry.
@@ -56,9 +57,10 @@ class ShardWriter:
         Raises: ValueError where a written sample cannot be read back; OSError where the disk fails.
         """
         try:
-            self._tar.close()
-            self._file.close()
-            commit(self._part, self._folder / self._name)
+            with named(self._folder / self._name):
+                self._tar.close()
+                self._file.close()
+                commit(self._part, self._folder / self._name)
         finally:
             self.discard()
         registered = register_shard(self._folder, self._name, self._kind)

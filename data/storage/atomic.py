@@ -41,7 +41,7 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             payload = b"\n" + payload
-        with _named(path):
+        with named(path):
             _append(handle, payload, size)
     finally:
         os.close(handle)
@@ -74,7 +74,7 @@ def atomic_path(path: Path) -> Generator[Path, None, None]:
     part = hidden_file(path)
     mode = part.stat().st_mode
     try:
-        with _named(path):
+        with named(path):
             yield part
             part.chmod(mode)  # some libraries write a private file and rename it
             commit(part, path)
@@ -159,7 +159,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def _named(path: Path) -> Generator[None]:
+def named(path: Path) -> Generator[None]:
     """Give an error of the block the name of its file: the kernel's "no space left" has none."""
     try:
         yield

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -143,6 +144,19 @@ def test_a_set_is_cut_into_shards_of_equal_counts(tmp_path: Path) -> None:
     reader = ShardReader(str(tmp_path), Manifest(kind=Kind.images, shards=set_writer.shards))
     keys = [stored.key for stored in reader.find(np.arange(7))]
     assert keys == [f"{number:09d}" for number in range(7)]
+
+
+@pytest.mark.parametrize("room", [100, 200_000])
+def test_a_full_disk_is_named_with_the_shard(tmp_path: Path, room: int) -> None:
+    """No file may grow beyond `room` bytes: at once, or in the middle of a large member."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*/000000\.tar'"):
+            write(tmp_path, [("a", {"png": png(0), "txt": bytes(room * 5)})])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_set_that_fails_leaves_only_whole_shards(tmp_path: Path) -> None:

@@ -132,3 +132,39 @@ def test_a_folder_is_written_through_kills(tmp_path: Path) -> None:
     (Path(data.train) / ".000000.tar.k3s9x_aa.part").write_bytes(b"left by a run that was killed")
     assert pack_through_kills(data, kills=5, most_files=20) > 2
     assert whole_set(data) == whole_set(undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "refuse_losses",  # after the last shard, before the first manifest
+        "print_summary",  # after the manifest of data.train, before that of data.val
+    ],
+)
+def test_a_kill_before_the_account_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, moment: str
+) -> None:
+    if kind == "tars":
+        img2dataset(tmp_path / "raw", tars=3)
+        options = {"val_share": 0.3, "workers": 1}
+        data = webdataset(tmp_path / "b", str(tmp_path / "raw"), **options)
+        undisturbed = webdataset(tmp_path / "a", str(tmp_path / "raw"), **options)
+    else:
+        made = folder_config(tmp_path)
+        (tmp_path / "raw" / "03.txt").unlink()
+        data, undisturbed = (
+            dataclasses.replace(made, dir=f"{place}", train=f"{place}/train", val=f"{place}/val")
+            for place in (tmp_path / "b", tmp_path / "a")
+        )
+    run(undisturbed)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"trainer.pack.job.{moment}", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        process = multiprocessing.get_context("fork").Process(target=run, args=(data,))
+        process.start()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done = [(Path(folder) / "manifest.json").exists() for folder in (data.train, data.val)]
+    assert done == [moment == "print_summary", False]
+    run(data)
+    assert whole_set(data) == whole_set(undisturbed)
