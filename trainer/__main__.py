@@ -30,5 +30,5 @@ if __name__ == "__main__":
         shares_batch=True,
         point="trainer.train.sweep:train_point",
         summary="trainer.train.sweep:summarise",
-        own_folders=True,
+        has_own_folders=True,
     )

@@ -95,8 +95,18 @@ def _explain(error: Exception) -> str:
 
 
 def _explain_choice(lines: Sequence[str]) -> str:
-    """Explain Hydra's lines about a file of conf/; empty for other lines."""
+    """Explain Hydra's lines about an override or a file of conf/; empty for other lines."""
     text = "\n".join(lines)
+    if found := re.match(r"Ambiguous value for argument '\+*([^=]*)", text):
+        return f"{found[1]} has several values: use -m to sweep, [] for a list, '' for one text"
+    if found := re.match(r"Multiple values for (.*)\. To override .* 'override .*: (.*)'", text):
+        name, choice = found.groups()
+        return (
+            f"{name} is chosen already: write {name}={choice} on the command line, "
+            f"`override /{name}: {choice}` in a file"
+        )
+    if re.search(r"Could not load '.*'", text):
+        return f"{lines[0]} --config-path leaves out conf/; --config-dir adds a folder to it"
     if found := re.search(r"No match in the defaults list\.\n.* use (\+.*)", text):
         return f"{found[1][1:]}: nothing is chosen yet, so write {found[1]}"
     if found := re.search(r"Could not find '(.*)/(.*)'\n", text):

@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from hydra import compose, initialize_config_module
 # Hydra does, and would then check another config than Hydra prints.
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -38,6 +38,7 @@ import models
 import trainer
 from trainer.checks import explain, to_config
 from trainer.config import Config
+from trainer.multirun import SWEEPER, combine, listed, one_folder, own_folders
 from trainer.options import help_text, is_switch
 from trainer.runtime.compile_caches import use_private_caches
 from trainer.runtime.launcher import CRASH_EXIT_CODE, world_size
@@ -61,13 +62,8 @@ INSTEAD = {
     "sweeper.params": "list the values on the command line, as in -m optim.lr=1e-3,1e-4",
 }
 """Setting of Hydra that a command would not follow → the way that works."""
-OUR_SWEEP = {"dir": "${run.dir}/sweeps", "subdir": "."}
-"""hydra.sweep in conf/config.yaml."""
 WIDEST_HELP = 100
 LONGEST_NUMBER = 300
-LONGEST_NAME = 120
-"""Longest name of a point's folder, in characters, before its hash."""
-
 Job = Callable[[DictConfig], None]
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -81,7 +77,7 @@ def main(
     shares_batch: bool = False,
     point: str = "",
     summary: str = "",
-    own_folders: bool = False,
+    has_own_folders: bool = False,
 ) -> None:
     """Compose and check the config, run a command with it, and exit.
 
@@ -92,13 +88,13 @@ def main(
     point, summary: two functions as `module:function`, of a command that can be swept (-m). The
     first takes the config of one point. The second takes a list of (swept options, config) after
     the last point.
-    own_folders: whether each point of a sweep has a run folder of its own.
+    has_own_folders: whether each point of a sweep has a run folder of its own.
     Raises: SystemExit in every case. A wrong config, a missing file or unusable data ends in one
     line and exit code 1; HYDRA_FULL_ERROR=1 adds the stack trace. Any other error, such as a lost
     connection to another rank, ends in a stack trace and exit code 70: a new start may succeed.
     """
     with clean_output():
-        code = _main(target, about, options, shares_batch, point, summary, own_folders)
+        code = _main(target, about, options, shares_batch, point, summary, has_own_folders)
     sys.exit(code)
 
 
@@ -109,7 +105,7 @@ def _main(
     shares_batch: bool,
     point: str,
     summary: str,
-    own_folders: bool,
+    has_own_folders: bool,
 ) -> int | str:
     """Run a command; return its exit code, or the line that says what is wrong."""
     show_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -123,7 +119,7 @@ def _main(
             print(help_text(about or "", options.split(), width))
             return 0
         if arguments.multirun and not arguments.cfg:
-            return _sweep(arguments, ranks, point, summary, own_folders)
+            return _sweep(arguments, ranks, point, summary, has_own_folders)
         return _run(arguments, target, ranks)
     except USER_ERRORS as error:
         if show_trace:
@@ -152,6 +148,8 @@ def _arguments(command: Sequence[str]) -> argparse.Namespace:
     if unknown:
         raise ValueError(f"{' '.join(unknown)}: no such switch; --help and --hydra-help list them")
     for word in arguments.overrides:
+        if not re.match(r"~.|[^=]+=", word):
+            raise ValueError(f"{word[:60]!r} is neither a switch nor an option: write OPTION=VALUE")
         if re.search(rf"\d{{{LONGEST_NUMBER}}}", word):  # float() and int() fail without its name
             raise ValueError(f"{word[:60]}…: no option takes a number of so many digits")
     if arguments.experimental_rerun:
@@ -160,7 +158,8 @@ def _arguments(command: Sequence[str]) -> argparse.Namespace:
     if any(word.startswith("hydra.sweeper.params") for word in words):  # omegaconf crashes at it
         raise ValueError(f"hydra.sweeper.params has no effect: {INSTEAD['sweeper.params']}")
     arguments.multirun = arguments.multirun or "hydra.mode=multirun" in words
-    if arguments.multirun and arguments.cfg and len(_points(arguments.overrides)) > 1:
+    parsed = OverridesParser.create().parse_overrides(arguments.overrides)
+    if arguments.multirun and arguments.cfg and any(one.is_sweep_override() for one in parsed):
         raise ValueError("--cfg prints the config of one point: give each option one value")
     return arguments
 
@@ -183,25 +182,35 @@ def _run(arguments: argparse.Namespace, target: str, ranks: int) -> int:
 
 
 def _sweep(
-    arguments: argparse.Namespace, ranks: int, point: str, summary: str, own_folders: bool
+    arguments: argparse.Namespace, ranks: int, point: str, summary: str, has_own_folders: bool
 ) -> int:
     if not summary:
         raise ValueError(NO_SWEEP)
-    options, overrides = zip(*_points(arguments.overrides), strict=True)
+
+    def list_values(tree: DictConfig) -> None:
+        files = GlobalHydra.instance().config_loader()
+        arguments.overrides = listed(arguments.overrides, files)
+
+    _among_files(arguments, list_values)
+    options, overrides = zip(*combine(arguments.overrides), strict=True)
     # check all points before the first one runs
-    place = partial(_own_folders if own_folders else _one_folder, options)
+    place = partial(own_folders if has_own_folders else one_folder, options)
     found = _check(arguments, overrides, ranks, place)
     folders = [config.run.dir for config in found]
 
+    def run_point(tree: DictConfig) -> None:
+        number = HydraConfig.get().job.num
+        tree.run.dir = folders[number]
+        named = " ".join(f"{path}={value}" for path, value in options[number].items())
+        print(f"point {number + 1} of {len(folders)}: {named}".rstrip(": "), flush=True)
+        _load(point)(to_config(tree, ranks))
+
     def job(tree: DictConfig) -> None:
-        try:
-            number = HydraConfig.get().job.num
-            tree.run.dir = folders[number]
-            named = " ".join(f"{path}={value}" for path, value in options[number].items())
-            print(f"point {number + 1} of {len(folders)}: {named}", flush=True)
-            _load(point)(to_config(tree, ranks))
-        except USER_ERRORS as error:  # print it here: a launcher may run points in other processes
-            print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        with clean_output():  # a launcher may run points in other processes
+            try:
+                run_point(tree)
+            except USER_ERRORS as error:
+                print(f"error: {explain(error)}", file=sys.stderr, flush=True)
 
     _hydra(vars(arguments), job)
     return _load(summary)(list(zip(options, found, strict=True))) or 0
@@ -220,7 +229,6 @@ def _check(
     """
     _refuse_numbers(itertools.chain.from_iterable(points))
     name = arguments.config_name or "config"
-    places = {place: vars(arguments)[place] for place in ("config_dir", "config_path")}
     configs: list[Config] = []
 
     def job(tree: DictConfig) -> None:
@@ -234,11 +242,19 @@ def _check(
                 del one["hydra"]
         configs.extend(to_config(one, ranks) for one in trees)
 
-    # Hydra's own tree is not used. conf/config.yaml keeps Hydra from creating output folders, and
-    # another primary config may not.
-    primary = name if arguments.config_path else "config"
-    _hydra({**places, "config_name": primary, "overrides": []}, job)
+    _among_files(arguments, job)
     return configs
+
+
+def _among_files(arguments: argparse.Namespace, job: Job) -> None:
+    """Call a job where Hydra finds the files of the command's config folders.
+
+    Hydra's own tree is not used. conf/config.yaml keeps Hydra from creating output folders, and
+    another primary config may not.
+    """
+    primary = (arguments.config_name or "config") if arguments.config_path else "config"
+    places = {place: vars(arguments)[place] for place in ("config_dir", "config_path")}
+    _hydra({**places, "config_name": primary, "overrides": []}, job)
 
 
 def _refuse_numbers(words: Iterable[str]) -> None:
@@ -255,47 +271,10 @@ def _refuse_numbers(words: Iterable[str]) -> None:
 def _refuse_settings(trees: Iterable[DictConfig]) -> None:
     """Raise ValueError for a setting of Hydra that a command would not follow."""
     for tree, (path, instead) in itertools.product(trees, INSTEAD.items()):
+        if tree.hydra.sweeper._target_ != SWEEPER:
+            raise ValueError("hydra/sweeper has no effect: list the values that -m combines")
         if OmegaConf.select(tree.hydra, path) not in (None, False, "."):
             raise ValueError(f"hydra.{path} has no effect: {instead}")
-
-
-def _one_folder(options: Sequence[Mapping[str, str]], trees: Sequence[DictConfig]) -> None:
-    """Leave all points in one run folder; raise ValueError if hydra.sweep asks for others."""
-    if any(_sweep_settings(tree) != OUR_SWEEP for tree in trees):
-        raise ValueError(
-            "hydra.sweep has no effect: a sweep of evaluations writes into run.dir/sweeps"
-        )
-
-
-def _own_folders(options: Sequence[Mapping[str, str]], trees: Sequence[DictConfig]) -> None:
-    """Give each point a run folder of its own.
-
-    It is run.dir, if that differs between the points. Else, or if hydra.sweep is set, it is a
-    folder in hydra.sweep.dir, with the name hydra.sweep.subdir or that of the swept options.
-    """
-    asked = any(_sweep_settings(tree) != OUR_SWEEP for tree in trees)
-    if len({tree.run.dir for tree in trees}) == len(trees) and not asked:
-        return
-    for number, (tree, swept) in enumerate(zip(trees, options, strict=True)):
-        tree.hydra.job.num = number
-        sweep = tree.hydra.sweep
-        name = _folder_name(swept) if sweep.subdir == OUR_SWEEP["subdir"] else sweep.subdir
-        tree.run.dir = str(Path(sweep.dir) / name)
-    if len({tree.run.dir for tree in trees}) < len(trees):
-        raise ValueError(
-            "hydra.sweep.subdir gives several points one folder: add ${hydra.job.num} to it"
-        )
-
-
-def _sweep_settings(tree: DictConfig) -> object:
-    return OmegaConf.to_container(tree.hydra.sweep, resolve=False)
-
-
-def _folder_name(options: Mapping[str, str]) -> str:
-    """Return the name of a point's folder, such as `optim.lr=0.001,run.seed=1`."""
-    whole = ",".join(f"{path}={value}" for path, value in options.items())
-    name = re.sub(r"[^\w.=,+-]", "_", whole, flags=re.ASCII)[:LONGEST_NAME]
-    return name if name == whole else f"{name}_{sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _hydra(arguments: Mapping[str, Any], job: Job) -> None:
@@ -325,27 +304,6 @@ def _words(arguments: Mapping[str, Any]) -> Iterator[str]:
             switch = f"--{name.replace('_', '-')}"
             yield switch if value is True else f"{switch}={value}"
     yield from arguments["overrides"]
-
-
-def _points(words: Sequence[str]) -> list[tuple[dict[str, str], list[str]]]:
-    """Combine the values that are listed with commas.
-
-    Returns the swept options and the overrides of each combination.
-    """
-    swept: set[str] = set()
-    choices: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(list(words)):
-        key = override.get_key_element()
-        choices[key] = [override.input_line or ""]
-        if override.is_sweep_override():
-            swept.add(key)
-            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-    points: list[tuple[dict[str, str], list[str]]] = []
-    for combination in itertools.product(*choices.values()):
-        parts = (word.partition("=") for word in combination)
-        options = {key.lstrip("+"): value for key, _, value in parts if key in swept}
-        points.append((options, list(combination)))
-    return points
 
 
 def _load(target: str) -> Callable[[Any], int | None]:

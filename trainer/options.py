@@ -154,9 +154,15 @@ def groups() -> Mapping[str, Sequence[str]]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return " (did you mean X?)" for the most similar of the names; empty if none is similar."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return "".join(f" (did you mean {one}?)" for one in near)
+    """Return " (did you mean X?)" for the most similar of the names; empty if none is similar.
+
+    A part of two or more characters is similar, too, and case does not matter.
+    """
+    cases = {one.lower(): one for one in names}
+    part = name.lower()
+    near = difflib.get_close_matches(part, cases, n=1, cutoff=0.6)
+    near = near or [one for one in cases if len(part) > 1 and part in one][:1]
+    return "".join(f" (did you mean {cases[one]}?)" for one in near)
 
 
 def help_text(about: str, names: Sequence[str], width: int) -> str:

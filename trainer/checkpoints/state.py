@@ -1,7 +1,8 @@
 """The state of a checkpoint, without its tensors: the content of state.json."""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, TypeVar, get_origin
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from data.order.cursor import Cursor
 from data.shards.manifest import Rejected
@@ -111,8 +112,25 @@ def _build(kind: type[State], values: dict[str, Any]) -> State:
     for entry in fields(kind):
         if entry.name not in values and entry.default_factory is not MISSING:
             continue  # checkpoints of earlier versions have no such entry
-        wanted: Any = get_origin(entry.type) or entry.type
-        if type(values.get(entry.name)) is not wanted:
-            raise ValueError(f"no {wanted.__name__} in {entry.name!r}")
+        if not _is(values.get(entry.name), entry.type):
+            wanted: Any = get_origin(entry.type) or entry.type
+            raise ValueError(f"no {wanted.__name__} in {entry.name!r}, or no such content")
         found[entry.name] = values[entry.name]
     return kind(**found)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    """Say whether a value is of a type of a state's entry, with all that it holds.
+
+    Numbers of type int are counts, so they are not negative.
+    """
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is UnionType:
+        return any(_is(value, part) for part in parts)
+    if type(value) is not (origin or wanted):
+        return wanted is Any or (wanted is float and type(value) is int)
+    if origin is dict:
+        return all(_is(key, parts[0]) and _is(item, parts[1]) for key, item in value.items())
+    if origin is list:
+        return all(_is(item, parts[0]) for item in value)
+    return type(value) is not int or value >= 0

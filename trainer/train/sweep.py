@@ -36,7 +36,7 @@ def summarise(combinations: Sequence[tuple[Mapping[str, str], Config]]) -> int:
         step, last = step_of(newest) if newest is not None else 0, config.train.max_steps
         missing += step < last
         named = " ".join(f"{path}={value}" for path, value in options.items())
-        print(f"{named}: step {step}/{last} in {config.run.dir}")
+        print(f"{named or 'without swept options'}: step {step}/{last} in {config.run.dir}")
     if missing:
         print(f"{missing} of {len(combinations)} points are unfinished: the same command goes on")
     return 1 if missing else 0

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tests.support.paths import ROOT
 from trainer import cli
 from trainer.config import Config
+from trainer.multirun import combine
 
 CONTRADICTION = ["+experiment=emoji", "data.lanes=5"]
 REFUSED = "error: data.lanes=5 does not divide train.global_batch_size=32"
@@ -131,6 +132,12 @@ def test_a_config_of_ones_own_needs_the_schema(
         (["--cgf", "job"], "--cgf job: no such switch; --help and --hydra-help list them"),
         (["--cfg", "jbo"], "argument --cfg/-c: invalid choice: 'jbo'"),
         (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg"),
+        (["optim.lr"], "'optim.lr' is neither a switch nor an option: write OPTION=VALUE"),
+        (["=3"], "'=3' is neither a switch nor an option"),
+        ([""], "'' is neither a switch nor an option"),
+        (["optim.lr=1,2"], "optim.lr has several values: use -m to sweep, [] for a list"),
+        (["+sampler=ddim"], "sampler is chosen already: write sampler=ddim on the command line"),
+        (["--config-path", str(ROOT / "docs"), "-cn", "a"], "Cannot find primary config 'a'"),
         (["--experimental-rerun", "a"], "--experimental-rerun reads a pickle"),
         (["optim.lr=" + 400 * "9"], "optim.lr=9999999999"),
         (["--config-dir", "nowhere"], "Additional config directory"),
@@ -217,7 +224,7 @@ def test_each_point_of_a_sweep_of_trainings_has_a_folder_of_its_own(
     monkeypatch.setattr(cli, "_load", {"a:point": trained.append, "a:sum": len}.__getitem__)
     monkeypatch.chdir(tmp_path)
     own = [] if any("run.dir=" in word for word in words) else ["run.dir=r"]
-    options = {"point": "a:point", "summary": "a:sum", "own_folders": True}
+    options = {"point": "a:point", "summary": "a:sum", "has_own_folders": True}
     switch = [] if "hydra.mode=MULTIRUN" in words else ["-m"]
     end = run(monkeypatch, *switch, "+experiment=emoji", *own, *words, **options)
     assert end == len(trained) == len(folders)
@@ -228,12 +235,78 @@ def test_each_point_of_a_sweep_of_trainings_has_a_folder_of_its_own(
     assert all(config.export.out == f"{config.run.dir}/export" for config in trained)
 
 
-def test_a_folder_for_several_points_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["-m", "+experiment=emoji", "optim.lr=1,2", "hydra.sweep.subdir=all"]
-    end = run(monkeypatch, *words, point="a:b", summary="a:b", own_folders=True)
-    assert end == (
-        "error: hydra.sweep.subdir gives several points one folder: add ${hydra.job.num} to it"
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        (
+            "optim.lr=1,2 hydra.sweep.subdir=all",
+            "hydra.sweep.subdir gives several points one folder: add ${hydra.job.num} to it",
+        ),
+        ("optim.lr=1,1", "two points are alike: list each value once"),
+        ("sampler=glob(x*)", "sampler=glob(x*): nothing has such a name"),
+        ("hydra/launcher=basics", "hydra/launcher=basics is none of basic, "),
+        ("hydra.sweeper._target_=x", "hydra/sweeper has no effect: list the values"),
+    ],
+)
+def test_a_sweep_that_cannot_be_followed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, word: str, line: str
+) -> None:
+    words = ["-m", "+experiment=emoji", *word.split()]
+    end = run(monkeypatch, *words, point="a:b", summary="a:b", has_own_folders=True)
+    assert str(end).startswith(f"error: {line}")
+
+
+def test_shuffled_sweeps_and_globs_run_the_points_that_they_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[Config] = []
+    summarised: list[tuple[Mapping[str, str], Config]] = []
+    opened = {"a:point": trained.append, "a:sum": summarised.extend}
+    monkeypatch.setattr(cli, "_load", opened.__getitem__)
+    order = iter([[0, 2, 1, 3], [3, 2, 1, 0]])
+    monkeypatch.setattr(
+        "hydra.core.override_parser.types.shuffle",
+        lambda values: values.__setitem__(slice(None), [values[n] for n in next(order)]),
     )
+    words = ["-m", "+experiment=emoji", f"run.dir={tmp_path}", "sampler=glob(*euler*)"]
+    sweep = {"point": "a:point", "summary": "a:sum", "has_own_folders": True}
+    assert run(monkeypatch, *words, "run.seed=shuffle(4,5,6,7)", **sweep) == 0
+    assert [config.run.seed for config in trained] == 2 * [4, 6, 5, 7]
+    assert [config.sampler.name for config in trained] == 4 * ["euler"] + 4 * ["euler_ancestral"]
+    for (options, planned), config in zip(summarised, trained, strict=True):
+        assert planned == config
+        assert options == {"sampler": config.sampler.name, "run.seed": str(config.run.seed)}
+        assert config.run.dir.endswith(f"/sampler={options['sampler']},run.seed={config.run.seed}")
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_points_in_processes_of_a_launcher_leave_no_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LF_PROMPT", "a C4nary")
+    token = "hf_C4naryabcdefghijklmn"
+    words = ["-m", "+experiment=emoji", f"run.dir={tmp_path / 'run'}", "run.seed=1,2"]
+    words += ["eval.prompts=['${oc.env:LF_PROMPT}']", f"logger.wandb.entity=a,{token}"]
+    words += ["hydra/launcher=submitit_local", f"hydra.launcher.submitit_folder={tmp_path / 'log'}"]
+    sweep = {"point": "builtins:print", "summary": "builtins:len", "has_own_folders": True}
+    assert run(monkeypatch, *words, **sweep) == 4
+    logs = [path.read_text() for path in (tmp_path / "log").glob("*.out")]
+    assert sum("global_batch_size=32" in log and "${oc.env:LF_PROMPT}" in log for log in logs) == 4
+    assert not [log for log in logs if "C4nary" in log]
+    folders = {path.name for path in (tmp_path / "run").rglob("*")}
+    assert not [name for name in folders if "C4nary" in name or "multirun" in name]
+
+
+def test_a_launcher_that_fails_ends_the_sweep_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Slurm's job refuses, for example."""
+    (tmp_path / "file").touch()
+    words = ["-m", "+experiment=emoji", f"run.dir={tmp_path}", "hydra/launcher=submitit_local"]
+    words += [f"hydra.launcher.submitit_folder={tmp_path}/file/log", "run.seed=1,2"]
+    end = run(monkeypatch, *words, point="a:b", summary="a:b", has_own_folders=True)
+    assert str(end).startswith("error: hydra/launcher: ")
+    assert "\n" not in str(end)
 
 
 def test_every_point_of_a_sweep_is_composed_as_hydra_runs_it(
@@ -291,7 +364,7 @@ def test_combinations_are_those_of_hydras_sweeper(line: str) -> None:
     words = shlex.split(line, posix=False)
     overrides = OverridesParser.create().parse_overrides(words)
     (expected,) = BasicSweeper.split_arguments(overrides, None)
-    points = [load for _, load in cli._points(words)]
+    points = [load for _, load in combine(words)]
     parse = OverridesParser.create().parse_overrides
     assert [[str(one.value()) for one in parse(point)] for point in points] == [
         [str(one.value()) for one in parse(point)] for point in expected

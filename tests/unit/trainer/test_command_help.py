@@ -13,6 +13,7 @@ import pytest
 from tests.support.paths import ROOT
 from trainer import cli
 from trainer.cli import load_config
+from trainer.multirun import combine
 from trainer.options import help_text, sections
 
 COMPOSED = sorted(
@@ -128,7 +129,7 @@ def test_examples_of_the_help_compose(monkeypatch: pytest.MonkeyPatch, module: s
     for example in examples:
         words = shlex.split(example.partition("  #")[0])
         assert module in words
-        for _, overrides in cli._points([word for word in words if "=" in word and word[0] != "-"]):
+        for _, overrides in combine([word for word in words if "=" in word and word[0] != "-"]):
             load_config(overrides)
 
 

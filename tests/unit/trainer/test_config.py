@@ -71,6 +71,8 @@ def test_experiments_compose_and_are_named_after_their_file(experiment: str) -> 
         ("eval.features=[incepton]", "(did you mean inception?)"),
         ("plan.gpu=a100", "plan.gpu=a100 is none of a100_40gb, "),
         ("plan.gpu=h100_80g", "(did you mean h100_80gb?)"),
+        ("plan.gpu=H200", "(did you mean h200_141gb?)"),
+        ("plan.gpu=rtx40", "(did you mean rtx4090_24gb?)"),
         ("+experimnt=emoji", "experimnt is no option (did you mean experiment?)"),
         ("optim.lr=null", "optim.lr: null is no value; it must be a number > 0"),
         ("train.max_steps=1e4", "could not be converted to Integer; it must be an integer ≥ 1"),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.paths import ROOT
 from trainer.checkpoints.reader import (
     FORMAT_VERSION,
     STATE,
@@ -19,6 +20,7 @@ from trainer.checkpoints.reader import (
 from trainer.checkpoints.state import parse_state
 from trainer.runs.paths import MANIFEST
 
+FIXTURE = ROOT / "tests" / "fixtures" / "run" / "checkpoints" / "step_00000003"
 SOUND: dict[str, Any] = {
     "step": 2,
     "averages": ["decay_0.999"],
@@ -70,6 +72,26 @@ def test_nonsense_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ValueError, match=r"step_00000002/state\.json") as caught:
         open_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+WITHIN = {
+    "adam_steps": ["x", -1, True, None],
+    "decoder.adam_steps": [[1]],
+    "metrics": [{"a": None}, {"a": [1.0]}],
+    "meter": [{"a": 1.0}, {"a": ["x"]}],
+    "finite": [{"a": 0.5}, {"a": -1}],
+    "unwritten": [{"metrics.jsonl": [1]}],
+    "images_seen": [-1],
+}
+
+
+@pytest.mark.parametrize("entry", WITHIN)
+def test_the_content_of_an_entry_is_of_its_type_too(entry: str) -> None:
+    sound = json.loads((FIXTURE / STATE).read_text())
+    parse_state(sound)
+    for value in WITHIN[entry]:
+        with pytest.raises(ValueError, match=f"in '{entry.split('.')[-1]}', or no such content$"):
+            parse_state(sound | {entry: value})
 
 
 @settings(max_examples=200)
