@@ -59,13 +59,21 @@ def fill(
 
     path, option, described_by: for the error message (`load_weights`).
 
-    Raises: ValueError if they are the weights of another network.
+    Raises: ValueError if they are the weights of another network, or no finite numbers.
     """
     if difference := _first_difference(network.state_dict(), weights):
         raise ValueError(
             f"{option}: {path} holds another network than {described_by} describes: {difference}"
         )
+    check_finite(weights, path, option)
     network.load_state_dict(weights)
+
+
+def check_finite(weights: Mapping[str, Tensor], path: Path, option: str) -> None:
+    """Raise ValueError that names a tensor with NaN or infinite values; none can be trained."""
+    for name, value in weights.items():
+        if not value.float().isfinite().all():  # torch cannot test fp8
+            raise ValueError(f"{option}: {path} has values that are not finite, in {name}")
 
 
 def widened(weights: Mapping[str, Tensor], name: str, expected: Tensor) -> dict[str, Tensor]:
@@ -154,4 +162,6 @@ def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor
         if expected[name].shape != found[name].shape:
             shapes = [list(tensors[name].shape) for tensors in (found, expected)]
             return f"its {name} is {shapes[0]}, not {shapes[1]}"
+        if expected[name].is_floating_point() != found[name].is_floating_point():
+            return f"its {name} holds {found[name].dtype}, not {expected[name].dtype}"
     return ""

@@ -168,6 +168,21 @@ def test_new_input_channels_are_zeros_and_have_to_be_asked_for(
     assert found.shape[1] == 7
 
 
+def test_weights_that_are_not_finite_begin_nothing(
+    workshop: Workshop, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Checkpoint.average
+
+    def broken(self: Checkpoint, name: str) -> tuple[str, dict[str, Tensor]]:
+        name, tensors = found(self, name)
+        return name, {**tensors, "unet.conv_in.bias": tensors["unet.conv_in.bias"] * torch.nan}
+
+    monkeypatch.setattr(Checkpoint, "average", broken)
+    config = workshop.config("emoji", *TRAIN, f"checkpoint.load={origin}", run=tmp_path)
+    with pytest.raises(ValueError, match=r"not finite, in unet\.conv_in\.bias"):
+        fit(config)
+
+
 def first_stage(workshop: Workshop, run: Path, *words: str) -> Config:
     gan = ["autoencoder.loss.perceptual_weight=0", "autoencoder.loss.discriminator.layers=1"]
     small = ["autoencoder.loss.discriminator.channels=4", "autoencoder.loss.gan_start_step=1"]

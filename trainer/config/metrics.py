@@ -103,6 +103,7 @@ METRICS = {
 
 OF_IMAGES = {
     "clip_score": Number(title="CLIP score", higher_is_better=True),
+    "clip_score_shuffled": Number(title="CLIP score of other prompts"),
     "psnr_db": Number(title="PSNR of reconstructions", unit="dB", higher_is_better=True),
     "ssim": Number(title="SSIM of reconstructions", higher_is_better=True),
     "lpips": Number(title="LPIPS of reconstructions"),
@@ -135,9 +136,14 @@ def find_number(name: str) -> Number:
 
 def axis_label(name: str) -> str:
     """Return what an axis of this number says: its title, its unit, and which end is better."""
+    better = "higher" if find_number(name).higher_is_better else "lower"
+    return f"{title_and_unit(name)}, {better} is better"
+
+
+def title_and_unit(name: str) -> str:
+    """Return the heading of a column of this number."""
     number = find_number(name)
-    unit = f" [{number.unit}]" if number.unit else ""
-    return f"{number.title}{unit}, {'higher' if number.higher_is_better else 'lower'} is better"
+    return f"{number.title} [{number.unit}]" if number.unit else number.title
 
 
 def _numbers() -> dict[str, Number]:

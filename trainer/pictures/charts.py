@@ -171,8 +171,9 @@ def _pareto(
         axes.annotate(
             trade_off.name,
             (trade_off.distance, trade_off.score),
-            xytext=(6, 4),
+            xytext=(6, -4),  # below the line, which rises to the right
             textcoords="offset points",
+            verticalalignment="top",
             color=colour,
             fontsize=9,
             parse_math=False,

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from data.storage.documents import DocumentError, is_json_array, is_json_object, parse_json
 from data.storage.untrusted import read_text
 from data.text import printable
-from trainer.config.metrics import axis_label, find_number
+from trainer.config.metrics import axis_label, find_number, title_and_unit
 from trainer.pictures.charts import pareto_chart, smoothed
 from trainer.report.charts import Chart, metric_names, short
 from trainer.runs.data_set import read_data_set
@@ -72,7 +72,7 @@ def sweeps(run: RunFolder) -> Iterator[Sweep]:
             svg = pareto_chart(f"sweep{number}", found.trade_offs, *labels)
             title = f"{distance} against {score}, best to the upper left"
             chart = Chart(title=title, svg=Markup(svg))
-        titled = [name if name in found.options else find_number(name).title for name in head]
+        titled = [name if name in found.options else title_and_unit(name) for name in head]
         yield Sweep(name=path.parent.name, table=Table(head=titled, rows=rows), chart=chart)
 
 

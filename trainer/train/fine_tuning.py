@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.weights.files import widened
+from models.weights.files import check_finite, widened
 from trainer.checkpoints.identity import check_begin
 from trainer.checkpoints.reader import Checkpoint, open_named
 from trainer.checkpoints.state import RunState
@@ -141,7 +141,7 @@ def _fill(
 ) -> None:
     """Copy tensors into a module.
 
-    Raises: ValueError naming a tensor that is missing, extra or of another shape.
+    Raises: ValueError naming a tensor that is missing, extra, of another shape or not finite.
     """
     own = {name: value for name, value in module.named_parameters() if value.requires_grad}
     for places, found in ((own, weights), (dict(module.named_buffers()), buffers)):
@@ -156,5 +156,6 @@ def _fill(
                     f"checkpoint.load: {path} is of another network: {name} is {there} there, and "
                     f"{here} here{hint}"
                 )
+        check_finite(found, path, "checkpoint.load")
         for name, place in places.items():
             place.copy_(found[name])

@@ -30,6 +30,32 @@ def loaded(path: Path) -> dict[str, Tensor]:
     return other.state_dict()
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.full((3,), torch.nan), r"has values that are not finite, in conv\.bias"),
+        (torch.tensor([0, torch.inf, 0]), r"has values that are not finite, in conv\.bias"),
+        (
+            torch.ones(3, dtype=torch.int32),
+            r"conv\.bias holds torch\.int32, not torch\.float32",
+        ),
+    ],
+)
+def test_values_that_nothing_can_be_trained_from_are_refused(
+    value: Tensor, said: str, tmp_path: Path
+) -> None:
+    save_file({**WEIGHTS, "conv.bias": value}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=said):
+        loaded(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_weights_of_less_precision_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({**WEIGHTS, "conv.bias": WEIGHTS["conv.bias"].to(dtype)}, path)
+    assert torch.equal(loaded(path)["conv.bias"], WEIGHTS["conv.bias"].to(dtype).float())
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
 @pytest.mark.parametrize("key", ["", "state_dict", "module", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.unet."])

@@ -18,6 +18,7 @@ from trainer.config.metrics import (
     Number,
     find_number,
     logged_name,
+    title_and_unit,
 )
 from trainer.evaluate.job import evaluate
 from trainer.pack.job import pack
@@ -106,3 +107,8 @@ def test_a_metric_and_features_added_to_the_tables_are_checked_measured_and_repo
     page = (run / "report.html").read_text()
     assert "Agreement (mean colour)" in page
     assert "best 0.75" in page
+
+
+def test_headings_of_columns_have_names_and_units() -> None:
+    assert title_and_unit("psnr_db") == "PSNR of reconstructions [dB]"
+    assert title_and_unit("clip_score_shuffled") == "CLIP score of other prompts"
