@@ -1,30 +1,39 @@
 """The trained module: the U-Net with its conditioner, on normalised latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner
+from models.conditioning.conditioner import Captions, Conditioner, TokenIds
 from models.unet import UNet2DCondition
 
 
-@dataclass(frozen=True, slots=True)
-class LatentScale:
-    """Mean and standard deviation of each latent channel over the whole training set."""
+class LatentScale(nn.Module):
+    """Mean and standard deviation of each latent channel over the whole training set.
 
-    mean: list[float]
-    std: list[float]
+    Put it on the device of the latents: then no call copies numbers to there.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """mean, std: of C channels."""
+        super().__init__()
+        self.values = {"mean": list(mean), "std": list(std)}
+        """The arguments, JSON values."""
+        for name, numbers in self.values.items():
+            self.register_buffer(name, torch.tensor(numbers).view(-1, 1, 1))
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise the first stage's latents [B, C, h, w]: mean 0, variance 1 in each channel."""
-        return (latents - _channels(self.mean, latents)) / _channels(self.std, latents)
+        return (latents - self.mean) / self.std
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Invert `normalise`: [B, C, h, w] → latents for the first stage, [B, C, h, w]."""
-        return latents * _channels(self.std, latents) + _channels(self.mean, latents)
+        return latents * self.std + self.mean
 
 
 class LatentDiffusion(nn.Module):
@@ -37,12 +46,13 @@ class LatentDiffusion(nn.Module):
         self.conditioner = conditioner
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, condition: Condition | Captions
+        self, latents: Tensor, timesteps: Tensor, condition: Condition | Captions | TokenIds
     ) -> Tensor:
         """Predict with the U-Net in its own precision.
 
         latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: of B samples, or B
-        captions, which the trained conditioner embeds. Planes become channels after the latents'.
+        captions or their token ids, which the trained conditioner embeds. Planes become channels
+        after the latents'.
         Returns [B, C, h, w] in the latents' dtype.
 
         Raises: ValueError for captions without a trained conditioner, and for a condition that does
@@ -56,7 +66,7 @@ class LatentDiffusion(nn.Module):
         tokens = None if given.tokens is None else given.tokens.to(dtype)
         return self.unet(inputs, timesteps, tokens, given.mask).to(latents.dtype)
 
-    def _embed(self, captions: Captions, latents: Tensor) -> Condition:
+    def _embed(self, captions: Captions | TokenIds, latents: Tensor) -> Condition:
         if self.conditioner is None:
             raise ValueError("captions need a conditioner that is trained: embed them first")
         height, width = latents.shape[-2:]
@@ -68,7 +78,3 @@ def _concatenated(latents: Tensor, planes: Tensor) -> Tensor:
     last = latents.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.cat([latents, planes], dim=1).contiguous(memory_format=layout)
-
-
-def _channels(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)

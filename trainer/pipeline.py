@@ -142,7 +142,7 @@ class Pipeline:
         self._conditioner = conditioner
         self._autoencoder = autoencoder
         self._diffusion = Diffusion(config.diffusion)
-        self._scale = scale
+        self._scale = scale.to(device)
         self._device = device
 
     @classmethod

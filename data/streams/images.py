@@ -1,6 +1,7 @@
 """Make batches of images, decoded in training."""
 
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Literal, Self
 
 import numpy as np
@@ -45,7 +46,13 @@ class ImageStream(Stream):
         if workers == 0:
             return super()._read_ahead(requests)
         depth = self.config.prefetch
-        return read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
+        results = read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
+        return self._pinned(results) if self.pinned else results
+
+    def _pinned(self, results: Generator[Result, None, None]) -> Generator[Result, None, None]:
+        """Pin in a thread of this process: memory that a forked process pins is its own."""
+        with closing(results):
+            yield from read_ahead.with_thread(self._pin, results, depth=1)
 
     @override
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count, islice
 from typing import NamedTuple
@@ -43,6 +43,16 @@ class Batch:
     arrays: dict[str, torch.Tensor]
     """images: [B, 3, S, S] float32 in [-1, 1]; moments: [B, 2, C, h, w] and text: [B, T, D]
     float16, as stored."""
+    drawn: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """Tensors of B rows that `Stream.draw` adds, such as noise."""
+
+    def tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch with changed tensors."""
+        return replace(
+            self,
+            arrays={name: change(tensor) for name, tensor in self.arrays.items()},
+            drawn={name: change(tensor) for name, tensor in self.drawn.items()},
+        )
 
 
 class Visits(NamedTuple):
@@ -129,6 +139,11 @@ def no_problem(caption: str) -> str:
     return ""
 
 
+def draw_nothing(batch: Batch) -> dict[str, torch.Tensor]:
+    """Draw nothing for a batch."""
+    return {}
+
+
 class Stream(ABC):
     """The batches of a data set for one rank, in the training order of the plan or by number.
 
@@ -144,6 +159,12 @@ class Stream(ABC):
         self.share, self.randomness = share, randomness
         self.caption_problem: Callable[[str], str] = no_problem
         """Caption → the reason why the network cannot take it; empty for a good one."""
+        self.draw: Callable[[Batch], dict[str, torch.Tensor]] = draw_nothing
+        """Makes `Batch.drawn` of the batches of `steps`, ahead of time in the reading threads or
+        processes."""
+        self.pinned = False
+        """Whether the batches of `steps` lie in page-locked memory, from which a GPU copies without
+        a wait of this process. torch lends such memory anew when all copies from it have ended."""
         self.quarantine = Quarantine(self.num_samples, config.max_rejected_share, self.option)
 
     @property
@@ -298,10 +319,17 @@ class Stream(ABC):
                 )
 
     def _read_ahead(self, requests: Iterator[Request]) -> Generator[Result, None, None]:
-        return read_ahead.with_thread(self._answer, requests, depth=self.config.prefetch)
+        def answer(request: Request) -> Result:
+            return self._pin(self._answer(request))
+
+        return read_ahead.with_thread(answer, requests, depth=self.config.prefetch)
+
+    def _pin(self, result: Result) -> Result:
+        batch, rejected = result
+        return (batch.tensors(torch.Tensor.pin_memory) if self.pinned else batch), rejected
 
     def _answer(self, request: Request) -> Result:
-        """Read a micro batch; the next good sample of the same block replaces a bad one."""
+        """Read a micro batch and draw for it; good samples of a block replace its bad ones."""
         if self.reader.is_remote:
             self.reader.keep(self._shards(request.step, steps_ahead=0))
         rows = self._read(self.reader.find(request.index), request.visits)
@@ -316,7 +344,9 @@ class Stream(ABC):
                     break
             else:
                 raise ValueError(f"{self.option}: a whole block is bad; last: {rejected[-1]}")
-        return self._batch(rows, request.epoch, request.index), rejected
+        batch = self._batch(rows, request.epoch, request.index)
+        batch.drawn = self.draw(batch)
+        return batch, rejected
 
     def _batch(self, rows: Rows, epoch: Ids, index: Ids) -> Batch:
         return Batch(

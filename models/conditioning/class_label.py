@@ -5,7 +5,7 @@ from torch import nn
 from typing_extensions import override
 
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, Size
+from models.conditioning.conditioner import Captions, Conditioner, Size, TokenIds
 from models.config import ConditionerConfig, ConditionerKind
 from models.config.conditioning import CONDITIONERS
 
@@ -27,14 +27,21 @@ class ClassLabel(Conditioner):
         self.embedding = nn.Embedding(config.num_classes + 1, config.width)
 
     @override
-    def forward(self, captions: Captions, size: Size) -> Condition:
+    def tokenize(self, captions: Captions) -> TokenIds:
+        """Read the class numbers [B].
+
+        Raises: ValueError for a caption that is not a class number.
+        """
+        return {"classes": torch.tensor([self._class_number(caption) for caption in captions])}
+
+    @override
+    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
         """Look up the tokens [B, 1, width].
 
         Raises: ValueError for a caption that is not a class number.
         """
-        classes = [self._class_number(caption) for caption in captions]
-        indices = torch.tensor(classes, device=self.embedding.weight.device)
-        return Condition(self.embedding(indices)[:, None].float())
+        classes = self.token_ids(captions)["classes"]
+        return Condition(self.embedding(classes)[:, None].float())
 
     def _class_number(self, caption: str | None) -> int:
         if caption is None:

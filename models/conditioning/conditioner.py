@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -11,6 +12,9 @@ from models.config import ConditionerConfig
 
 Captions = Sequence[str | None]
 """The caption of each sample; None: no condition."""
+TokenIds = dict[str, Tensor]
+"""Captions in numbers, such as token ids and their mask: tensors of B rows. It is a dict, in which
+ZeRO stage 3 finds a module's input tensors."""
 Size = tuple[int, int]
 """(h, w) of latents."""
 
@@ -64,9 +68,27 @@ class Conditioner(nn.Module):
         """
         return Outline()
 
-    def forward(self, captions: Captions, size: Size) -> Condition:
+    def tokenize(self, captions: Captions) -> TokenIds:
+        """Turn B captions into numbers on the CPU, which `forward` takes in place of captions.
+
+        Training calls it ahead of time, in a thread or a forked process. A conditioner without
+        this step returns no tensor; `forward` then gets the captions.
+
+        Raises: ValueError for a caption that the conditioner cannot encode.
+        """
+        return {}
+
+    def token_ids(self, captions: Captions | TokenIds) -> TokenIds:
+        """Return token ids as they are, and those of captions, on the conditioner's device."""
+        if isinstance(captions, dict):
+            return captions
+        device = next(chain(self.parameters(), self.buffers())).device
+        return {name: ids.to(device) for name, ids in self.tokenize(captions).items()}
+
+    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
         """Encode B captions to a float32 condition of B samples, on the conditioner's device.
 
+        captions: or what `tokenize` makes of them, on the conditioner's device.
         size: (h, w) of the latents, and of planes [B, C, h, w]; tokens do not depend on it.
 
         Raises: ValueError for a caption that the conditioner cannot encode.
@@ -94,5 +116,5 @@ class NoConditioner(Conditioner):
         super().__init__()
 
     @override
-    def forward(self, captions: Captions, size: Size) -> Condition:
+    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
         return Condition()

@@ -48,10 +48,17 @@ class Text(Conditioner):
         tokens: [B, T, context_dim], with rows of zeros for padding; no encoder gives such a row for
         a token. dropped: [B] bool, true for samples that get the condition of the empty caption.
         """
-        null, mask = self._null
+        null, mask = self._null_on(tokens.device)
         if mask is not None:
-            mask = torch.where(dropped[:, None], mask.to(tokens.device), tokens.any(dim=-1))
-        return Condition(torch.where(dropped[:, None, None], null.to(tokens.device), tokens), mask)
+            mask = torch.where(dropped[:, None], mask, tokens.any(dim=-1))
+        return Condition(torch.where(dropped[:, None, None], null, tokens), mask)
+
+    def _null_on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return `_null` on a device, to which it is copied once."""
+        tokens, mask = self._null
+        if tokens.device != device:
+            self._null = tokens.to(device), None if mask is None else mask.to(device)
+        return self._null
 
     @cached_property
     def _null(self) -> tuple[Tensor, Tensor | None]:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from models.condition import Condition
 from models.conditioning.captions import bounded
-from models.conditioning.conditioner import Captions, Outline, Size
+from models.conditioning.conditioner import Captions, Outline, Size, TokenIds
 from models.conditioning.text import Text
 from models.config import ConditionerConfig, TextFeatures
 from models.weights import hub
@@ -50,20 +49,22 @@ class TransformersText(Text):
 
     @override
     @torch.no_grad()
-    def forward(self, captions: Captions, size: Size) -> Condition:
+    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
         """Encode to [B, T, width]; T is conditioner.context_length, or 1 for pooled features.
 
         A pooled token is the mean of the tokens (Reimers and Gurevych 2019, section 3).
         """
-        ids, mask = self._tokenize(captions)
-        states = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        found = self.token_ids(captions)
+        mask = found["mask"]
+        states = self.encoder(input_ids=found["ids"], attention_mask=mask.long()).last_hidden_state
         tokens = states.float().masked_fill(~mask[:, :, None], 0.0)
         if self.features is TextFeatures.pooled:
             return Condition(tokens.sum(1, keepdim=True) / mask.sum(1)[:, None, None])
         return Condition(tokens, mask)
 
-    def _tokenize(self, captions: Captions) -> tuple[Tensor, Tensor]:
-        """Tokenize B captions to ids [B, T] int64 and mask [B, T] bool."""
+    @override
+    def tokenize(self, captions: Captions) -> TokenIds:
+        """Return ids [B, T] int64 and mask [B, T] bool."""
         found = self.tokenizer(
             [bounded(caption or "", self.context_length) for caption in captions],
             padding="max_length",
@@ -71,8 +72,7 @@ class TransformersText(Text):
             max_length=self.context_length,
             return_tensors="pt",
         )
-        device = next(self.encoder.parameters()).device
-        return found["input_ids"].to(device), found["attention_mask"].to(device, torch.bool)
+        return {"ids": found["input_ids"], "mask": found["attention_mask"].bool()}
 
     def _check_tokenizer(self) -> None:
         longest = self.tokenizer.model_max_length
@@ -82,7 +82,7 @@ class TransformersText(Text):
                 f"tokens that conditioner.pretrained takes"
             )
         try:
-            _, mask = self._tokenize([None])
+            mask = self.tokenize([None])["mask"]
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

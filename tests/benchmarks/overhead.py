@@ -79,14 +79,14 @@ class Turns(StopRequest):
         self.run_s: list[float] = []
         self.bare_s: list[float] = []
 
-    def agreed(self, must: bool = False) -> bool:
+    def agreed(self, must: bool = False, *, late: bool = False) -> bool:
         self._steps += 1
         if self._steps % EVERY == 1:  # a block ends a step after its line was logged
             if self._steps > 1:
                 self.run_s.append(time.process_time() - self._start_s)
             self.bare_s.append(self._bare.steps(EVERY))
             self._start_s = time.process_time()
-        return super().agreed(must)
+        return super().agreed(must, late=late)
 
 
 def timed(

@@ -19,10 +19,10 @@ def main() -> None:
     answers, agreed = count(1), StopRequest.agreed
     is_last = int(os.environ.get("RANK") or 0) == world_size() - 1
 
-    def signalled(self: StopRequest, must: bool = False) -> bool:
+    def signalled(self: StopRequest, must: bool = False, *, late: bool = False) -> bool:
         if next(answers) == int(number) and is_last:
             os.kill(os.getpid(), signal.Signals[name])
-        return agreed(self, must)
+        return agreed(self, must, late=late)
 
     StopRequest.agreed = signalled
     sys.argv = [command, *overrides]

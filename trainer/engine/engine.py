@@ -24,8 +24,8 @@ class StepResult:
 
     applied: bool
     """False if a gradient was not finite: weights, moments and averages did not change."""
-    grad_norm: float
-    """Global norm of the gradients before clipping."""
+    grad_norm: Tensor | float
+    """Global norm of the gradients before clipping; to read a tensor is to wait for the device."""
     lr: float
     """Learning rate of the step."""
 
@@ -108,7 +108,7 @@ class Engine:
         if norm is not None and not torch.isfinite(norm):
             self._engine.optimizer.zero_grad()
             self._engine.micro_steps += 1  # DeepSpeed counts batches that it skips, too
-            return StepResult(False, float(norm), lr)
+            return StepResult(False, norm, lr)
         if norm is not None and self._config.optim.max_grad_norm:
             # DeepSpeed would compute the norm a second time
             nn.utils.clip_grads_with_norm_(
@@ -121,7 +121,7 @@ class Engine:
         if applied:
             self._adam_steps += 1
             self._update_averages()
-        return StepResult(applied, float(norm if norm is not None else "nan"), lr)
+        return StepResult(applied, float("nan") if norm is None else norm, lr)
 
     def tensors(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (kind, parameter name, copy of the full fp32 tensor) for these kinds.

@@ -50,7 +50,7 @@ def export(config: Config) -> None:
     first_stage = load_decoder(config, checkpoint).state_dict()
     weights = {
         "unet": module.unet.state_dict(),
-        "vae": scaled_autoencoder(first_stage, scale.mean, scale.std),
+        "vae": scaled_autoencoder(first_stage, **scale.values),
     }
     parts = {name: diffusers_part(configs[name], weights.get(name)) for name in configs}
     parts |= condition_parts

@@ -61,6 +61,15 @@ class Ranks:
         """Return the largest value over all ranks; collective."""
         return self._reduce(value, dist.ReduceOp.MAX)
 
+    def begin_maximum(self, value: float) -> "PendingMaximum":
+        """Begin to find the largest value over all ranks, and return at once; collective.
+
+        On the ranks of `for_thread`, this process and its device do not wait.
+        """
+        result = torch.tensor(value, dtype=torch.float64)
+        work = dist.all_reduce(result, dist.ReduceOp.MAX, self.group, async_op=True)
+        return PendingMaximum(result, work)
+
     def mean(self, value: float) -> float:
         """Return the mean over all ranks; collective."""
         return self._reduce(value, dist.ReduceOp.SUM) / self.world_size
@@ -89,7 +98,10 @@ class Ranks:
         return cast(T, found[0])
 
     def for_thread(self) -> "Ranks":
-        """Return these ranks on the CPU with their own process group, for a background thread."""
+        """Return these ranks on the CPU with their own process group; collective.
+
+        A background thread can use them, or collectives that run while others do.
+        """
         if self.world_size == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -105,10 +117,25 @@ class Ranks:
             tensors[name].copy_(total)
 
     def _reduce(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        if self.world_size == 1:
+            return value
         result = torch.tensor(value, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(result, operation, self.group)
+        dist.all_reduce(result, operation, self.group)
         return result.item()
+
+
+@dataclass(frozen=True, slots=True)
+class PendingMaximum:
+    """A maximum over ranks that is being found."""
+
+    result: torch.Tensor
+    work: dist.Work | None
+
+    def value(self) -> float:
+        """Wait for the maximum; collective."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result.item()
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

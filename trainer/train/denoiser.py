@@ -1,7 +1,6 @@
 """The task of a denoiser, which trains on the latents of a frozen first stage."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,9 @@ class DenoisingTask(TrainingTask):
         if text is not None:
             stored = info.text_encoder if config.data.store_text else ""
             self._networks[TEXT_ENCODER] = stored or text_fingerprint(text)
-        self._turn = Turn(DENOISER, DenoisingLoss(config, self._scale, frozen[1], ranks.device))
+        loss = DenoisingLoss(config, self._scale, frozen[1], ranks.device)
+        stream.draw, stream.pinned = loss.draw, ranks.device.type == "cuda"
+        self._turn = Turn(DENOISER, loss)
         self.trained = {DENOISER: Trained(module, averaged=True)}
 
     def turns(self, step: int) -> Sequence[Turn]:
@@ -86,7 +87,7 @@ class DenoisingTask(TrainingTask):
 
     def state(self) -> dict[str, Any]:
         """Return the scale of the latents, which sampling needs, and hashes of frozen networks."""
-        return {"latent_scale": asdict(self._scale), **self._networks}
+        return {"latent_scale": self._scale.values, **self._networks}
 
     def load(self, state: dict[str, Any]) -> None:
         """Check that the latents have the scale of the checkpoint, and the networks its hashes.
@@ -100,7 +101,7 @@ class DenoisingTask(TrainingTask):
                     f"{options[name]}: the weights of this run had the hash {state[name][:12]}, "
                     f"these have {digest[:12]}: name those, or choose another run.name"
                 )
-        if LatentScale(**state["latent_scale"]) != self._scale:
+        if state["latent_scale"] != self._scale.values:
             raise ValueError(
                 f"{self.stream.option}: the mean or std of these latents differs from that of the "
                 "latents this run began with: name those, or choose another run.name"

@@ -1,11 +1,13 @@
 """The loss of a denoiser on stored latents (Rombach et al. 2022, equations 2 and 3)."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.streams.stream import Batch
 from models.condition import Condition
-from models.conditioning.conditioner import Conditioner
+from models.conditioning.conditioner import Captions, Conditioner, TokenIds
 from models.conditioning.text import Text
 from models.diffusion.process import Diffusion
 from models.first_stage.autoencoder import sample_posterior
@@ -17,12 +19,16 @@ from trainer.train.task import Loss, memory_format
 
 TIMESTEP_BINS = 4
 """The loss is logged by quarters of the timesteps."""
+TOKEN_IDS = "caption/"
+"""Begins the names of token ids in `Batch.drawn`."""
 
 
 class DenoisingLoss:
     """Weighted squared error of the denoiser's prediction, averaged over a micro batch.
 
-    Latents, noise, timesteps and dropped conditions are functions of (seed, epoch, sample).
+    Latents, noise, timesteps and dropped conditions are functions of (seed, epoch, sample). `draw`
+    makes them on the CPU, ahead of time. The loss itself then neither copies from the CPU nor waits
+    for the device.
     """
 
     def __init__(
@@ -30,23 +36,36 @@ class DenoisingLoss:
     ) -> None:
         """scale: of the latents; conditioner: trained or frozen, on `device`."""
         self._config = config
-        self._scale = scale
+        self._scale = scale.to(device)
         self._conditioner = conditioner
-        self._device = device
         self._diffusion = Diffusion(config.diffusion).to(device)
+
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """Draw for a micro batch: tensors of b rows on the CPU, for `Batch.drawn`."""
+        shape = batch.arrays["moments"].shape[2:]
+        uniform = torch.as_tensor(self._uniform(Purpose.timestep, batch))
+        drawn = {
+            "posterior": self._normal(Purpose.posterior, batch, shape),
+            "noise": self._noise(batch, shape),
+            "timesteps": self._diffusion.schedule.draw(uniform),
+            "bins": (uniform * TIMESTEP_BINS).long(),
+        }
+        if "text" in batch.arrays:
+            return drawn | {"dropped": torch.as_tensor(self._dropped(batch))}
+        ids = self._conditioner.tokenize(self._captions(batch))
+        return drawn | {TOKEN_IDS + name: numbers for name, numbers in ids.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Compute the loss of one micro batch.
 
         model: a LatentDiffusion, or its engine. batch: `moments` [b, 2, C, h, w], mean and
-        log-variance of the posteriors, with captions or with stored tokens `text` [b, T, D].
+        log-variance of the posteriors, with captions or with stored tokens `text` [b, T, D]; and
+        what `draw` gave for it. Its tensors are on the model's device.
         """
-        latents = self._scale.normalise(self._latents(batch))
-        noise = self._noise(batch, latents.shape[1:])
-        uniform = torch.as_tensor(
-            rng.uniform(self._config.run.seed, Purpose.timestep, batch.epoch, batch.index)
-        )
-        timesteps = self._diffusion.schedule.draw(uniform).to(self._device)
+        drawn = batch.drawn
+        posteriors = batch.arrays["moments"].float()
+        latents = self._scale.normalise(sample_posterior(posteriors, drawn["posterior"]))
+        noise, timesteps = drawn["noise"], drawn["timesteps"]
         noisy = self._diffusion.add_noise(latents, noise, timesteps)
         noisy = noisy.contiguous(memory_format=memory_format(self._config.train))
         prediction = model(noisy, timesteps, self._condition(batch, latents))
@@ -54,20 +73,13 @@ class DenoisingLoss:
         errors = (prediction.float() - target).square().flatten(1).mean(1)
         mean = (self._diffusion.loss_weight(timesteps) * errors).mean()
         sums = {"train/loss": (mean.detach(), torch.ones_like(mean))}
-        bins = (uniform * TIMESTEP_BINS).long().to(self._device)
         for number in range(TIMESTEP_BINS):
-            inside = (bins == number).float()
+            inside = (drawn["bins"] == number).float()
             sums[f"train/loss_by_timestep/{number}"] = (
                 (errors.detach() * inside).sum(),
                 inside.sum(),
             )
         return Loss(mean, sums)
-
-    def _latents(self, batch: Batch) -> Tensor:
-        """Sample the stored posteriors, with other noise in each epoch: [b, C, h, w]."""
-        posteriors = batch.arrays["moments"].to(self._device, non_blocking=True).float()
-        noise = self._normal(Purpose.posterior, batch, posteriors.shape[2:])
-        return sample_posterior(posteriors, noise)
 
     def _noise(self, batch: Batch, shape: torch.Size) -> Tensor:
         """Draw standard normal noise, with offset noise for whole channels (Guttenberg 2023).
@@ -80,31 +92,37 @@ class DenoisingLoss:
             noise = noise + self._config.diffusion.offset_noise * offsets[:, :, None, None]
         return noise
 
-    def _condition(self, batch: Batch, latents: Tensor) -> Condition | list[str | None]:
-        """Return the condition of a micro batch; for a trained conditioner, its captions.
+    def _condition(self, batch: Batch, latents: Tensor) -> Condition | Captions | TokenIds:
+        """Return the condition of a micro batch.
 
-        A dropped caption is None, and has the null condition.
+        For a trained conditioner, which the model has, return its token ids or captions.
         """
-        draws = rng.uniform(
-            self._config.run.seed, Purpose.condition_dropout, batch.epoch, batch.index
-        )
-        dropped = draws < self._config.conditioner.cond_drop_prob
-        captions = [
-            None if drop else text for drop, text in zip(dropped, batch.captions, strict=True)
-        ]
+        if "text" in batch.arrays:
+            assert isinstance(self._conditioner, Text)
+            return self._conditioner.restore(batch.arrays["text"].float(), batch.drawn["dropped"])
+        ids = {
+            name.removeprefix(TOKEN_IDS): numbers
+            for name, numbers in batch.drawn.items()
+            if name.startswith(TOKEN_IDS)
+        }
+        given = ids or self._captions(batch)
         if self._conditioner.trainable:
-            return captions
+            return given
         height, width = latents.shape[-2:]
-        if "text" not in batch.arrays:
-            return self._conditioner(captions, (height, width))
-        return self._stored_condition(batch.arrays["text"], torch.as_tensor(dropped))
+        return self._conditioner(given, (height, width))
 
-    def _stored_condition(self, text: Tensor, dropped: Tensor) -> Condition:
-        """Return the condition of stored tokens; text: [b, T, D]; dropped: [b] bool."""
-        assert isinstance(self._conditioner, Text)
-        tokens = text.to(self._device, non_blocking=True).float()
-        return self._conditioner.restore(tokens, dropped.to(self._device))
+    def _captions(self, batch: Batch) -> list[str | None]:
+        """Return the captions; a dropped one is None, and has the null condition."""
+        pairs = zip(self._dropped(batch), batch.captions, strict=True)
+        return [None if dropped else caption for dropped, caption in pairs]
+
+    def _dropped(self, batch: Batch) -> NDArray[np.bool_]:
+        draws = self._uniform(Purpose.condition_dropout, batch)
+        return draws < self._config.conditioner.cond_drop_prob
+
+    def _uniform(self, purpose: Purpose, batch: Batch) -> NDArray[np.float64]:
+        return rng.uniform(self._config.run.seed, purpose, batch.epoch, batch.index)
 
     def _normal(self, purpose: Purpose, batch: Batch, shape: torch.Size) -> Tensor:
         draws = rng.normal(self._config.run.seed, purpose, batch.epoch, batch.index, shape)
-        return torch.as_tensor(draws).to(self._device, non_blocking=True)
+        return torch.as_tensor(draws)

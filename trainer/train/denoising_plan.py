@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, Outline, Size
+from models.conditioning.conditioner import Captions, Conditioner, Outline, Size, TokenIds
 from models.conditioning.conditioners import build_conditioner, conditioner_class
 from models.config import ConditionerConfig
 from models.config.conditioning import CONDITIONERS
@@ -46,7 +46,9 @@ def plan_denoising(config: Config) -> StepPlan:
 
     def loss(module: nn.Module, micro_batch: int) -> Tensor:
         posteriors = torch.empty(micro_batch, 2, stage.latent_channels, side, side).half()
-        return step_loss(module, shapes_only(moments=posteriors)).mean
+        batch = shapes_only(moments=posteriors)
+        batch.drawn = step_loss.draw(batch)
+        return step_loss(module, batch).mean
 
     outline = conditioner.shape
     latent = 2 * stage.latent_channels * side**2 * NUMBER_BYTES + TAR_HEADER_BYTES
@@ -75,7 +77,7 @@ class StandIn(Conditioner):
         self._planes = CONDITIONERS[config.kind].planes(config)
 
     @override
-    def forward(self, captions: Captions, size: Size) -> Condition:
+    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
         batch, outline = len(captions), self.shape
         tokens = mask = planes = None
         if outline.tokens:

@@ -63,7 +63,6 @@ class FirstStageLoss:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config = config
-        self._device = device
         self.error = ReconstructionError(config.autoencoder.loss).to(device)
         options, side = config.autoencoder, config.data.image_size
         # the error is a mean over pixel values, so the penalty is divided by their number, too
@@ -78,13 +77,16 @@ class FirstStageLoss:
     ) -> Loss:
         """Compute the loss of one micro batch.
 
-        model: a LikelihoodFirstStage, or its engine; batch: images [b, 3, H, W] in [-1, 1];
-        adversarial_step: None in steps without an adversarial term.
+        model: a LikelihoodFirstStage, or its engine; batch: images [b, 3, H, W] in [-1, 1], and
+        what `draw` gave for it, on the model's device; adversarial_step: None in steps without an
+        adversarial term.
         """
-        dtype = next(model.parameters()).dtype
-        images = to_device(batch.arrays["images"], self._config, self._device, dtype)
+        dtype, layout = next(model.parameters()).dtype, memory_format(self._config.train)
+        # DeepSpeed needs contiguous weights; convolutions adopt the layout of their input
+        images = batch.arrays["images"].to(dtype, memory_format=layout)
+        noise = batch.drawn["posterior"].to(dtype, memory_format=layout)
         reconstruction: Reconstruction
-        reconstruction, log_variance = model(images, self._noise(batch).to(dtype))
+        reconstruction, log_variance = model(images, noise)
         parts: dict[str, Tensor] = {}
 
         def error_of(pixels: Tensor) -> Tensor:
@@ -105,13 +107,13 @@ class FirstStageLoss:
         parts |= {"loss": mean, "log_variance": log_variance, self._penalty: penalty}
         return Loss(mean, as_sums(parts))
 
-    def _noise(self, batch: Batch) -> Tensor:
-        """Draw the standard normal values that sample latents from posteriors: [b, C, h, w]."""
+    def draw(self, batch: Batch) -> dict[str, Tensor]:
+        """Draw the normal values that sample latents from posteriors: [b, C, h, w] on the CPU."""
         side = self._config.data.image_size // self._config.autoencoder.downsample_factor
         shape = (self._config.autoencoder.latent_channels, side, side)
         seed, purpose = self._config.run.seed, Purpose.posterior
         noise = rng.normal(seed, purpose, batch.epoch, batch.index, shape)
-        return to_device(torch.as_tensor(noise), self._config, self._device)
+        return {"posterior": torch.as_tensor(noise)}
 
 
 class FirstStageTask(TrainingTask):
@@ -134,6 +136,7 @@ class FirstStageTask(TrainingTask):
         if adversary is not None:
             self.trained[DISCRIMINATOR] = Trained(adversary.module)
         self.stream = open_images(config, ranks, "train")
+        self.stream.draw, self.stream.pinned = self._loss.draw, ranks.device.type == "cuda"
         self._validation: ImageStream | None = None
         if config.eval.every:
             self._validation = open_images(config, ranks, "val")
@@ -198,7 +201,8 @@ class FirstStageTask(TrainingTask):
     def _images(self, stream: ImageStream, part: range) -> Tensor:
         """Read images to the device: [b, 3, H, W] float32 in [-1, 1]."""
         images = stream.read(np.arange(part.start, part.stop)).arrays["images"]
-        return to_device(images, self._config, self._ranks.device, torch.float32)
+        layout = memory_format(self._config.train)
+        return images.to(self._ranks.device, torch.float32, memory_format=layout)
 
     def _new_metrics(self) -> ReconstructionMetrics:
         perceptual, features = (
@@ -255,7 +259,9 @@ def plan_first_stage(config: Config) -> StepPlan:
 
     def loss(module: nn.Module, micro_batch: int) -> Tensor:
         images = torch.empty(micro_batch, options.in_channels, side, side)
-        return step_loss(module, shapes_only(images=images)).mean
+        batch = shapes_only(images=images)
+        batch.drawn = step_loss.draw(batch)
+        return step_loss(module, batch).mean
 
     left_out = options.loss.perceptual_weight or options.loss.gan_weight
     return StepPlan(
@@ -274,15 +280,6 @@ def untrained(config: Config) -> LikelihoodFirstStage:
         build_autoencoder(config.autoencoder),
         learn_log_variance=config.autoencoder.loss.learn_log_variance,
     )
-
-
-def to_device(
-    values: Tensor, config: Config, device: torch.device, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Copy images or latents [b, C, H, W] to the device, in the layout of train.channels_last."""
-    # DeepSpeed needs contiguous weights; convolutions adopt the layout of their input
-    layout = memory_format(config.train)
-    return values.to(device, dtype, non_blocking=True, memory_format=layout)
 
 
 def _of_autoencoder(weights: dict[str, Tensor]) -> dict[str, Tensor]:

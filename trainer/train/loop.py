@@ -27,6 +27,7 @@ from trainer.runs.wandb_id import wandb_id
 from trainer.runtime.launcher import UNWRITTEN_EXIT_CODE
 from trainer.runtime.ranks import Ranks, end_together, join
 from trainer.train.evaluations import Evaluations
+from trainer.train.feed import Feed
 from trainer.train.guards import FiniteGuard, Incidents, QuarantineLedger, SpikeGuard
 from trainer.train.meter import Meter
 from trainer.train.preflight import preflight
@@ -78,6 +79,7 @@ class TrainingLoop:
         self.watchdog = Watchdog(config.watchdog, self.folder, ranks)
         self.state = LoopState(0, not config.eval.every)
         self.meter = Meter(ranks, config.train.precision)
+        self.feed = Feed(ranks.device)
         self.files = RunFiles(self.folder, writes=ranks.is_main)
         self.incidents = Incidents(self.files, ranks)
         self.finite = FiniteGuard(config.guards, task.stream, ranks, self.incidents)
@@ -118,7 +120,7 @@ class TrainingLoop:
                 continue
             step, done = state.step, state.step == config.train.max_steps
             must_stop = config.checkpoint.stop_on_failure and self.checkpoints.failed
-            stopping = stop.agreed(must_stop)
+            stopping = stop.agreed(must_stop, late=not done and state.evaluated)
             if step % config.train.log_every == 0 or done:
                 self._log()
             if not state.evaluated and not stopping:
@@ -184,7 +186,7 @@ class TrainingLoop:
         losses: list[Tensor] = []
         for turn in self.task.turns(state.step):
             engine = self.engines[turn.module_name]
-            for batch in micro_batches:
+            for batch in self.feed.copied(micro_batches):
                 with self.meter.forward():
                     loss = turn.loss(engine.model, batch)
                 self.finite.loss(batch, loss.mean)

@@ -15,6 +15,7 @@ from trainer.runtime.ranks import Ranks
 from trainer.train.task import Loss
 
 GIB = 2**30
+SKIPPED = "optim/skipped_share"
 
 
 class Meter:
@@ -28,10 +29,15 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._sums: defaultdict[str, torch.Tensor] = defaultdict(lambda: self._tensor([0.0, 0.0]))
+        self._sums: defaultdict[str, torch.Tensor] = defaultdict(
+            lambda: torch.zeros(2, dtype=torch.float64, device=self._ranks.device)
+        )
+        self._skipped = torch.zeros(2, dtype=torch.float64)
+        """Number of skipped steps, and of all; on the CPU, where they are counted."""
         self._steps = self._images = 0
         self._wait_s = 0.0
         self._forward = Stopwatch(self._ranks.device)
+        self._reset_peak()
         self._start_s = time.perf_counter()
 
     def waited(self, seconds: float) -> None:
@@ -53,27 +59,36 @@ class Meter:
 
     def step(self, result: StepResult, images: int) -> None:
         """Add one optimizer step; images: number of samples over all ranks."""
-        self._sums["optim/skipped_share"] += self._tensor([float(not result.applied), 1.0])
+        self._skipped += torch.tensor([not result.applied, True])
         self._last = result
         self._steps += 1
         self._images += images
 
     def exclude(self, seconds: float) -> None:
-        """Exclude the seconds of a pause, such as an evaluation, from the interval's throughput."""
+        """Exclude a pause, such as an evaluation, from the interval's throughput and memory."""
         self._start_s += seconds
+        self._reset_peak()
 
     def state(self) -> dict[str, list[float]]:
         """Return {metric: [sum, count]} of the interval over all ranks; collective."""
         sums = {name: value.clone() for name, value in self._sums.items()}
+        sums[SKIPPED] = self._skipped.clone()
         self._ranks.sum_(sums)
-        return {name: value.cpu().numpy().tolist() for name, value in sums.items()}
+        found = {name: value.cpu().numpy().tolist() for name, value in sums.items()}
+        if not found[SKIPPED][1]:
+            del found[SKIPPED]
+        return found
 
     def load(self, state: dict[str, list[float]]) -> None:
         """Restore the sums of an interval from `state`, after a stop or a rewind."""
         self._reset()
-        if self._ranks.is_main:
-            for name, pair in state.items():
-                self._sums[name] = self._tensor(pair)
+        for name, pair in state.items():
+            # every rank has every name, because sums over ranks need it
+            own = torch.tensor(pair if self._ranks.is_main else [0.0, 0.0], dtype=torch.float64)
+            if name == SKIPPED:
+                self._skipped = own
+            else:
+                self._sums[name] = own.to(self._ranks.device)
 
     def values(self) -> dict[str, float]:
         """Return the interval's metrics by name, and begin a new interval; collective."""
@@ -83,7 +98,7 @@ class Meter:
         values = {name: total / count for name, (total, count) in self.state().items() if count}
         values |= {
             "optim/lr": self._last.lr,
-            "optim/grad_norm": self._last.grad_norm,
+            "optim/grad_norm": float(self._last.grad_norm),
             "throughput/images_per_s": rate,
             "throughput/images_per_s_per_device": rate / self._ranks.world_size,
             "time/step_s": seconds / self._steps,
@@ -93,7 +108,7 @@ class Meter:
             "time/forward_s": sum(forward_s) / len(forward_s) / self._steps,
             "time/slowest_rank": forward_s.index(max(forward_s)),
             "time/slowest_rank_ratio": max(forward_s) * len(forward_s) / max(sum(forward_s), 1e-9),
-            "memory/max_allocated_gib": self._memory_gib(),
+            **self._peak_memory(),
         }
         if self._peak_flops_per_s is not None and self.flops_per_image:
             flops_per_s = self.flops_per_image * rate / self._ranks.world_size
@@ -108,13 +123,23 @@ class Meter:
         self._ranks.sum_({"table": table})
         return table.numpy().tolist()
 
-    def _tensor(self, pair: list[float]) -> torch.Tensor:
-        return torch.tensor(pair, dtype=torch.float64, device=self._ranks.device)
+    def _peak_memory(self) -> dict[str, float]:
+        """Return the peaks of the interval on a GPU, or of the process's whole life on a CPU.
 
-    def _memory_gib(self) -> float:
+        Reserved memory is that which torch holds: the allocated one, and gaps of fragmentation.
+        """
+        device = self._ranks.device
+        if device.type != "cuda":
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return {"memory/max_allocated_gib": resident / GIB}
+        return {
+            "memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+            "memory/max_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        }
+
+    def _reset_peak(self) -> None:
         if self._ranks.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / GIB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+            torch.cuda.reset_peak_memory_stats(self._ranks.device)
 
 
 class Stopwatch:

@@ -25,6 +25,7 @@ from trainer.runs.paths import CHECKPOINTS, checkpoints_in
 from trainer.runs.record import plain_config, versions
 from trainer.runtime.devices import peak_flops_per_s
 from trainer.runtime.ranks import Ranks, end_together
+from trainer.train.feed import Feed
 from trainer.train.snapshots import snapshots_bytes
 from trainer.train.task import TrainingTask, Turn
 
@@ -190,7 +191,7 @@ class Rehearsal:
         Raises: ValueError if the memory is too small.
         """
         with closing(self._task.stream.steps(self._first_step)) as steps:
-            batch = next(steps)[0]
+            (batch,) = Feed(self._ranks.device).copied(next(steps)[:1])
         try:
             with self._undone():
                 flops = self._flops(batch) if self._peak_known else 0.0

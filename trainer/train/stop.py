@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 
 from trainer.runtime.launcher import REQUEUE_EXIT_CODE
-from trainer.runtime.ranks import Ranks
+from trainer.runtime.ranks import PendingMaximum, Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -16,6 +16,9 @@ class StopRequest:
         """at: name of the unit of work after which the job stops, for the printed line."""
         self._ranks, self._at = ranks, at
         self._heard = False
+        self._asked: PendingMaximum | None = None
+        """The answer to the last call with late=True, not read yet."""
+        self._late_ranks: Ranks | None = None
         for number in SIGNALS:
             signal.signal(number, self._hear)
 
@@ -28,12 +31,25 @@ class StopRequest:
             print(f"{signal.Signals(number).name}: stopping after this {self._at}", flush=True)
         self._heard = True
 
-    def agreed(self, must: bool = False) -> bool:
-        """Return whether to stop: any rank got a signal, or has `must` set; collective."""
+    def agreed(self, must: bool = False, *, late: bool = False) -> bool:
+        """Return whether to stop: any rank got a signal, or has `must` set; collective.
+
+        late: several ranks get the answer to the call before this one; they then need not wait for
+        each other, nor for their devices.
+        """
         # Slurm signals every process of a job. Processes that were started before the first call,
         # such as W&B's service, inherited a blocked SIGUSR1: the signal does not end them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-        return self._ranks.any(self._heard or must)
+        before, self._asked = self._asked, None
+        stopping = before is not None and before.value() > 0
+        if self._ranks.world_size == 1:
+            return self._heard or must
+        if not late:
+            return self._ranks.any(self._heard or must or stopping)
+        if self._late_ranks is None:
+            self._late_ranks = self._ranks.for_thread()
+        self._asked = self._late_ranks.begin_maximum(float(self._heard or must))
+        return stopping
 
     def stopping(self, phase: str) -> bool:
         """Return whether to stop, as a runtime.progress.Stopping; collective."""

@@ -182,10 +182,46 @@ def test_an_interval_that_is_cut_in_two_has_the_means_of_the_whole(clock: Clock)
     assert before.values()["train/loss"] == 1.0  # reading the state changes nothing
 
 
-@pytest.mark.parametrize(("rank", "taken"), [(0, {"train/loss": [8.0, 4.0]}), (1, {})])
-def test_only_the_first_rank_goes_on_from_the_sums_of_all(
-    rank: int, taken: dict[str, list[float]]
-) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_rank_goes_on_from_the_sums_of_all(rank: int) -> None:
+    saved = {"train/loss": [8.0, 4.0], "optim/skipped_share": [1.0, 2.0]}
     meter = Meter(Unconnected(rank, 2, CPU), Precision.fp32)
-    meter.load({"train/loss": [8.0, 4.0]})
-    assert meter.state() == taken
+    meter.load(saved)
+    # the others have the same names, because all ranks add up one name after another
+    empty = {"train/loss": [0.0, 0.0]}
+    assert meter.state() == (saved if rank == 0 else empty)
+
+
+def test_a_gpu_shows_the_peaks_of_the_interval_alone(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {"allocated": 0, "reserved": 0}
+
+    def use(gib: int) -> None:
+        peaks.update(
+            allocated=max(peaks["allocated"], gib * 2**30),
+            reserved=max(peaks["reserved"], (gib + 1) * 2**30),
+        )
+
+    def reset(device: torch.device) -> None:
+        peaks.update(allocated=0, reserved=0)
+
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: peaks["allocated"])
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda device: peaks["reserved"])
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", reset)
+    use(40)  # the rehearsal
+    meter = Meter(Ranks(0, 1, torch.device("cuda")), Precision.fp32)
+    step = StepResult(applied=True, grad_norm=1.0, lr=0.1)
+
+    def shown(gib: int) -> tuple[float, float]:
+        use(gib)
+        clock.sleep(1.0)
+        meter.step(step, images=1)
+        values = meter.values()
+        return values["memory/max_allocated_gib"], values["memory/max_reserved_gib"]
+
+    assert shown(20) == (20, 21)
+    assert shown(10) == (10, 11)
+    use(60)  # an evaluation
+    meter.exclude(0.0)
+    assert shown(15) == (15, 16)
