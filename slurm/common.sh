@@ -31,6 +31,11 @@ export TRITON_CACHE_DIR=$LF_LOCAL/triton
 export TORCHINDUCTOR_CACHE_DIR=$LF_LOCAL/inductor
 export TORCH_EXTENSIONS_DIR=$LF_LOCAL/extensions-$LF_JOB-${SLURM_RESTART_COUNT:-0}
 
+# Evaluations ask for other sizes of GPU memory than training; segments that can grow leave fewer gaps.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
+# Readers of data are forked. Without these, InfiniBand drivers may lose memory that a fork shares.
+export IBV_FORK_SAFE=${IBV_FORK_SAFE-1} RDMAV_FORK_SAFE=${RDMAV_FORK_SAFE-1}
+
 # Find the node of rank 0, and a free port on it below the range of outgoing connections.
 lf_rendezvous() {
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

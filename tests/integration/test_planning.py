@@ -15,6 +15,7 @@ from models.layers.blocks import use_attention
 from tests.support.workshop import RUN
 from trainer.cli import load_config
 from trainer.config import Config
+from trainer.engine import buckets
 from trainer.engine.engine import Engine
 from trainer.plan.forecast import layout_of, memory_of, trace_step
 from trainer.runtime.ranks import Ranks, join
@@ -41,11 +42,23 @@ CASES = {
         [*RUN, "deepspeed.stage=2", "train.global_batch_size=6", "train.micro_batch_size=6"],
     ),
 }
+OVERLAPPED = {
+    "diffusion, stage 1, checkpointing, accumulation": 1_000_000,
+    "first stage, stage 2": 100_000,
+}
+"""Elements of two buckets that take turns, by the name of a case."""
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_predicts_the_tensor_memory_of_a_real_step(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "elements"), [*((case, 0) for case in CASES), *OVERLAPPED.items()]
+)
+def test_predicts_the_tensor_memory_of_a_real_step(
+    case: str, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experiment, options = CASES[case]
+    if elements:  # one rank then reduces like several
+        monkeypatch.setattr(buckets, "OVERLAPPED_RANKS", 1)
+        monkeypatch.setattr(buckets, "OVERLAPPED_ELEMENTS", elements)
     config = load_config([f"+experiment={experiment}", *options])
     ranks = join()
     traced = trace_step(config, device="cpu")

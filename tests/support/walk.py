@@ -2,6 +2,8 @@
 
 Arguments: a JSON file with lists of overrides. RANK and FAULT of the environment: `hang STEP` stops
 rank 1 before the loss of that step, `slow SECONDS` delays its every loss.
+
+Buckets of gradients are small, so even small networks fill several of them in a step.
 """
 
 import json
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from tests.support.faults import before_each_loss, hang_for_ever
 from trainer.cli import load_config
+from trainer.engine import buckets
 from trainer.train.loop import fit
 
 
@@ -28,5 +31,6 @@ def plant(fault: str) -> None:
 if __name__ == "__main__":
     if "FAULT" in os.environ and os.environ["RANK"] == "1":
         plant(os.environ["FAULT"])
+    buckets.OVERLAPPED_ELEMENTS = 5_000
     for overrides in json.loads(Path(sys.argv[1]).read_text()):
         assert fit(load_config(overrides)) == 0

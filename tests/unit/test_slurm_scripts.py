@@ -31,6 +31,7 @@ case "$*" in
 esac
 echo "python $*"
 echo "task ${{LF_TASK:-}}"
+echo "memory $PYTORCH_ALLOC_CONF, forks $IBV_FORK_SAFE $RDMAV_FORK_SAFE"
 [[ -z $SAVES ]] || mkdir -p -- "$RUN/{CHECKPOINTS}/$SAVES" made
 [[ -z $SAVES ]] || touch "made/$SAVES"
 exit "$CODE"
@@ -177,6 +178,20 @@ def test_new_checkpoints_are_seen_whatever_the_run_folder_is_called(
         done = submit("train", code=1, SAVES=step_name(step), RUN=folder, SECTION=section)
         assert done.returncode == 1, done.stderr
         assert "scontrol requeue 7" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("own", "line"),
+    [
+        ({}, "memory expandable_segments:True, forks 1 1"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1", "IBV_FORK_SAFE": "0"}, "memory a:1, forks 0 1"),
+        ({"PYTORCH_ALLOC_CONF": "", "RDMAV_FORK_SAFE": ""}, "memory , forks 1 "),
+    ],
+)
+def test_ranks_get_settings_of_memory_and_forks_unless_the_user_has_his_own(
+    submit: Submit, own: dict[str, str], line: str
+) -> None:
+    assert line in submit("train", code=0, **own).stdout.splitlines()
 
 
 @pytest.mark.parametrize("script", ["train", "reference", "pack", "evaluate"])

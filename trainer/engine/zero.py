@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from trainer.checks import grad_accum_steps
 from trainer.config import Config, Precision
-from trainer.engine.buckets import bucket_elements
+from trainer.engine.buckets import gradient_buckets
 from trainer.runtime.ranks import Ranks
 
 # DeepSpeed chooses its accelerator when it is imported, and warns if that is no GPU
@@ -69,18 +69,21 @@ def start_deepspeed(
 
 def deepspeed_config(config: Config, world_size: int, parameters: int) -> dict[str, object]:
     """Return DeepSpeed's configuration; parameters: number of trained parameters."""
+    stage, offload = config.deepspeed.stage, config.deepspeed.offload_optimizer
+    buckets = gradient_buckets(parameters, stage=stage, ranks=world_size, offload=offload)
     zero: dict[str, object] = {
-        "stage": config.deepspeed.stage,
-        "reduce_bucket_size": bucket_elements(parameters),
+        "stage": stage,
+        "reduce_bucket_size": buckets.elements,
+        "overlap_comm": buckets.overlaps,
     }
-    if config.deepspeed.offload_optimizer:
+    if offload:
         pin = torch.cuda.is_available()
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps(config, world_size),
         # Engine.step clips at stage 0
-        "gradient_clipping": config.optim.max_grad_norm if config.deepspeed.stage else 0.0,
+        "gradient_clipping": config.optim.max_grad_norm if stage else 0.0,
         "zero_optimization": zero,
         # keep torch's fused AdamW: DeepSpeed would compile its own at the first use
         "zero_force_ds_cpu_optimizer": False,

@@ -4,9 +4,10 @@ The rules are those of DeepSpeed 0.19 with `trainer.engine.zero.deepspeed_config
 
 - stage 0: fp32 weights, their gradients and Adam's moments, whole on every rank.
 - stages 1 and 2: weights in the forward pass's precision, whole; fp32 master weights and moments
-  spread over the ranks. A bucket (`trainer.engine.buckets`) is allocated for every backward pass.
-  Stage 1 reduces gradients after the last backward pass. Stage 2 moves each gradient into the
-  bucket at once, and keeps the rank's own share only. With offloading, fp32 is in host memory.
+  spread over the ranks. Buckets (`trainer.engine.buckets`) are allocated for every backward pass.
+  Stage 1 reduces gradients in the last backward pass, or after it if there is one bucket. Stage 2
+  moves each gradient into a bucket at once, and keeps the rank's own share only. With offloading,
+  fp32 is in host memory.
 - stage 3: weights and gradients are spread, too, and gathered for use: an upper bound.
 """
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from trainer.engine.buckets import bucket_elements
+from trainer.engine.buckets import Buckets, gradient_buckets
 from trainer.plan.tracing import Stretch, Trace
 
 FP32 = 4
@@ -125,7 +126,7 @@ def _whole(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Usage
     """Stage 0: autograd's gradients, and buckets with copies of them."""
     gradients = sizes.total * FP32
     # one rank reduces nothing (trainer.engine.zero)
-    bucket = bucket_elements(sizes.total) * FP32 if layout.ranks > 1 else 0
+    bucket = _buckets(sizes, layout).elements * FP32 if layout.ranks > 1 else 0
     return [
         *_backward(trace, sizes, layout, bucket=0),
         ("reduction of gradients", gradients + bucket, 0),
@@ -133,10 +134,15 @@ def _whole(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Usage
 
 
 def _states_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Usage]:
-    """Stage 1: all gradients, and a bucket for their reduction after the backward pass."""
-    width = layout.weight_bytes
-    gradients, bucket = sizes.total * width, bucket_elements(sizes.total) * width
-    own = share * width if sizes.total > bucket_elements(sizes.total) else 0
+    """Stage 1: all gradients, and a bucket for their reduction after the backward pass.
+
+    Two buckets are filled and sent in the last backward pass.
+    """
+    width, buckets = layout.weight_bytes, _buckets(sizes, layout)
+    gradients, bucket = sizes.total * width, buckets.total * width
+    own = share * width if sizes.total > buckets.elements else 0
+    if buckets.overlaps:
+        return _sent_early(trace, sizes, layout, share)
     return [
         *_backward(trace, sizes, layout, bucket=bucket),
         # the bucket is copied once more to be sent
@@ -145,16 +151,39 @@ def _states_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> li
     ]
 
 
+def _sent_early(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Usage]:
+    """Stage 1 with two buckets: gradients leave for the buckets in the last backward pass.
+
+    A bucket that is sent is copied once more. The rank's own share stays.
+    """
+    width, buckets = layout.weight_bytes, _buckets(sizes, layout)
+    accumulates = layout.grad_accum_steps > 1
+    before = sizes.total if accumulates else 0
+    usages = [("backward pass", (before + buckets.total) * width, trace.peak_bytes)]
+    filled = moved = 0
+    for stretch in trace.stretches:
+        if filled + stretch.elements > buckets.elements:
+            kept = min(share, moved) + max(before - moved, 0)
+            held = (kept + buckets.total + filled) * width
+            usages.append(("reduction of gradients", held, stretch.left_bytes))
+            filled = 0
+        filled += stretch.elements
+        moved += stretch.elements
+    usages.append(("reduction of gradients", (share + buckets.total + filled) * width, 0))
+    usages.append(_step(sizes, layout, gradients=share * width))
+    return usages
+
+
 def _gradients_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Usage]:
     """Stage 2: each gradient moves into the bucket at once; a full bucket is sent."""
-    width = layout.weight_bytes
+    width, buckets = layout.weight_bytes, _buckets(sizes, layout)
     accumulated = share * width if layout.grad_accum_steps > 1 else 0
-    kept = share * width if sizes.total > bucket_elements(sizes.total) else 0
-    held = bucket_elements(sizes.total) * width + accumulated + kept
+    kept = share * width if sizes.total > buckets.elements else 0
+    held = buckets.total * width + accumulated + kept
     usages = [("backward pass", held, trace.peak_bytes)]
     filled = 0
     for stretch in trace.stretches:
-        if filled + stretch.elements > bucket_elements(sizes.total):
+        if filled + stretch.elements > buckets.elements:
             usages.append(("reduction of gradients", held + filled * width, stretch.left_bytes))
             filled = 0
         filled += stretch.elements
@@ -165,8 +194,14 @@ def _gradients_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) ->
 
 def _all_spread(trace: Trace, sizes: Sizes, layout: Layout, share: int) -> list[Usage]:
     """Stage 3: at all times a buffer for the rank's share of gradients, and the bucket."""
-    held = (share + bucket_elements(sizes.total)) * layout.weight_bytes
+    held = (share + _buckets(sizes, layout).total) * layout.weight_bytes
     return [("backward pass", held, trace.peak_bytes), _step(sizes, layout, gradients=held)]
+
+
+def _buckets(sizes: Sizes, layout: Layout) -> Buckets:
+    return gradient_buckets(
+        sizes.total, stage=layout.stage, ranks=layout.ranks, offload=layout.offload
+    )
 
 
 def _backward(trace: Trace, sizes: Sizes, layout: Layout, *, bucket: int) -> Iterator[Usage]:

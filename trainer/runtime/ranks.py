@@ -1,16 +1,19 @@
 """Rank, device and collectives of a process."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from trainer.runtime.rendezvous import Place, meet
+
+_torch: Any = torch  # torch declares no types for some of its functions
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -149,40 +152,64 @@ def join() -> Ranks:
     OSError or RuntimeError of torch.distributed if the ranks do not connect.
     """
     place = Place.read(os.environ)
-    device = _device(place)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = choose_device(place, count)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # nearly all calls have the same few shapes
     # DeepSpeed takes the number of its device from the environment alone
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else place.local_rank)
     if not dist.is_initialized():
+        store = _find_store(place)
+        if device.type == "cuda":
+            # before NCCL, which would end with an error that names no rank
+            claim_card(store, place, str(_torch.cuda.get_device_properties(device).uuid))
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            # torchrun has a store of its own
-            store=None if "TORCHELASTIC_USE_AGENT_STORE" in os.environ else meet(place, TIMEOUT),
+            store=store,
             rank=place.rank,
             world_size=place.world_size,
             timeout=TIMEOUT,
+            # NCCL then connects, or fails, at once and not at the first collective
+            device_id=device if device.type == "cuda" else None,
         )
     return Ranks(place.rank, place.world_size, device)
 
 
-def _device(place: Place) -> torch.device:
-    """Return the GPU of this rank, among those that CUDA_VISIBLE_DEVICES leaves; without, the CPU.
+def choose_device(place: Place, count: int) -> torch.device:
+    """Return the GPU of this rank, one of `count` that CUDA_VISIBLE_DEVICES leaves, or the CPU.
 
-    Raises: ValueError if there are fewer GPUs than ranks on this host.
+    A launcher may show each rank its own GPU alone, or several ranks of a host the same ones.
+    `claim_card` finds ranks that share one.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
         return torch.device("cpu")
-    if count == 1:
-        return torch.device("cuda", 0)  # a launcher may show each rank its own GPU alone
-    if place.local_rank >= count:
+    return torch.device("cuda", place.local_rank % count)
+
+
+def claim_card(store: Any, place: Place, card: str) -> None:
+    """Claim a GPU for this rank; card: its identifier, which differs between hosts, too.
+
+    Raises: ValueError if another rank has claimed it.
+    """
+    # torchrun keeps its store when it starts all ranks again
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if store.add(f"card/{start}/{card}", 1) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise ValueError(
-            f"LOCAL_RANK={place.local_rank}, but this host shows {count} GPUs "
-            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}): "
-            "start one rank a GPU"
+            f"rank {place.rank} on {socket.gethostname()}, LOCAL_RANK={place.local_rank}, shares "
+            f"its GPU with another rank (CUDA_VISIBLE_DEVICES: {visible}): start one task a GPU"
         )
-    return torch.device("cuda", place.local_rank)
+
+
+def _find_store(place: Place) -> Any:
+    """Return the store of torchrun or, from other launchers, the one of rank 0."""
+    if "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        return meet(place, TIMEOUT)
+    store, *_ = next(
+        _torch.distributed.rendezvous("env://", place.rank, place.world_size, timeout=TIMEOUT)
+    )
+    return store
 
 
 def end_together(ranks: Ranks, reason: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from trainer.runtime.launcher import world_size
-from trainer.runtime.ranks import ALONE, Ranks
+from trainer.runtime.ranks import ALONE, Ranks, choose_device, claim_card
+from trainer.runtime.rendezvous import Place
+
+_distributed: Any = dist  # torch exports no type of its stores
 
 WORLD = 3
 
@@ -40,6 +44,7 @@ def agree(rank: int, rendezvous: str, found: str) -> None:
         "any": [ranks.any(rank == 1), ranks.any(False)],
         "maximum": ranks.maximum(-rank),
         "mean": ranks.mean(rank),
+        "begun": thread.begin_maximum(rank).value(),
         "gather": ranks.gather(f"rank {rank}"),
         "collect": ranks.collect(rank),
         "from_main": [ranks.from_main(find), asked],
@@ -60,6 +65,7 @@ def test_collectives_give_every_rank_what_they_say(tmp_path: Path) -> None:
             "any": [True, False],
             "maximum": 0.0,
             "mean": 1.0,
+            "begun": 2.0,
             "gather": ["rank 0", "rank 1", "rank 2"],
             "collect": [] if rank else [0, 1, 2],
             "from_main": ["found", [] if rank else [0, 0]],
@@ -67,6 +73,27 @@ def test_collectives_give_every_rank_what_they_say(tmp_path: Path) -> None:
             "thread": ["found", True],
             "parts": parts[rank],
         }
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "count", "device"),
+    [(3, 0, "cpu"), (3, 8, "cuda:3"), (3, 1, "cuda:0"), (3, 2, "cuda:1"), (0, 2, "cuda:0")],
+)
+def test_a_rank_takes_a_gpu_that_it_can_see(local_rank: int, count: int, device: str) -> None:
+    place = Place(rank=11, world_size=16, local_rank=local_rank)
+    assert choose_device(place, count) == torch.device(device)
+
+
+def test_ranks_that_share_a_gpu_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = _distributed.HashStore()
+    places = [Place(rank=rank, world_size=3, local_rank=rank) for rank in range(3)]
+    claim_card(store, places[0], "GPU-a")
+    claim_card(store, places[1], "GPU-b")
+    with pytest.raises(ValueError, match=r"^rank 2 on .* LOCAL_RANK=2, shares its GPU .* one task"):
+        claim_card(store, places[2], "GPU-a")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # all ranks are new, the store is not
+    for place, card in zip(places, "abc", strict=True):
+        claim_card(store, place, f"GPU-{card}")
 
 
 def test_a_process_alone_agrees_with_itself() -> None:

@@ -145,6 +145,7 @@ def test_the_turns_of_a_step_alone_decide_the_next_weight(config: Config) -> Non
     first_stage, adversary = networks(config)
     loss = FirstStageLoss(config, ALONE.device)
     batch = shapes_only(images=images(1))
+    batch.drawn = loss.draw(batch)
     loss(first_stage, batch, AdversarialStep(adversary))
     assert adversary.weight == 0
     adversarial_step = AdversarialStep(adversary)
