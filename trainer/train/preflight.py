@@ -70,8 +70,9 @@ def preflight(
     problem = _data_problem(task, steps)
     if ranks.is_main:
         problem = problem or _disk_problem(config, engines)
-    facts = ranks.gather(_rank_facts(config, ranks, problem))
-    problems = list(disagreements(facts))
+    # rank 0 alone compares: with all facts on all ranks, traffic would grow with their square
+    facts = ranks.collect(_rank_facts(config, ranks, problem))
+    problems = ranks.from_main(lambda: list(disagreements(facts)))
     if problems:
         end_together(ranks, f"preflight: {'; '.join(problems)}")
     rehearsal = Rehearsal(config, ranks, task, engines, steps)
