@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from models.config import UNetConfig
-from models.layers.activations import GroupNormSiLU
 from models.layers.attention import AttentionShape
 from models.layers.blocks import Downsample, MidBlock, ResBlock, SpatialAttention, Upsample
+from models.layers.group_norm import GroupNormSiLU
 from models.layers.linear import Linear
 from models.layers.transformer import SpatialTransformer
 

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from models.config import AutoencoderConfig, AutoencoderKind
 from models.first_stage.codebook import Quantized, VectorQuantizer
-from models.layers.activations import GroupNormSiLU
 from models.layers.blocks import Downsample, MidBlock, ResBlock, SpatialAttention
+from models.layers.group_norm import GroupNormSiLU
 from models.weights.compvis import load_first_stage
 from models.weights.files import hash_network
 

@@ -6,8 +6,8 @@ A grid is [B, C, h, w]; its rows [B·h·w, C] are the pixels of all samples, in 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.activations import GroupNormModulateSiLU, GroupNormSiLU
 from models.layers.attention import Backend, sdpa_attention
+from models.layers.group_norm import GroupNorm, GroupNormModulateSiLU, GroupNormSiLU
 from models.layers.linear import Linear
 
 
@@ -113,7 +113,7 @@ class SpatialAttention(Attention):
 
     def __init__(self, channels: int, heads: int, *, groups: int, eps: float) -> None:
         super().__init__(channels, heads, qkv_bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.group_norm = GroupNorm(groups, channels, eps)
 
     def forward(
         self, x: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None

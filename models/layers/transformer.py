@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.layers.activations import GEGLULinear
 from models.layers.blocks import Attention, to_grid, to_rows
+from models.layers.group_norm import GroupNorm
 from models.layers.linear import Linear, PointwiseConv
 
 
@@ -62,7 +63,7 @@ class SpatialTransformer(nn.Module):
         linear_projection: bool,
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = _projection(channels, linear=linear_projection)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim) for _ in range(depth)

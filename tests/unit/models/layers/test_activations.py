@@ -1,73 +1,12 @@
-from collections.abc import Callable
-from typing import TypeVar
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers.activations import GEGLULinear, GroupNormModulateSiLU, GroupNormSiLU
+from models.layers.activations import GEGLULinear
+from models.layers.group_norm import GroupNormModulateSiLU, GroupNormSiLU
 from models.layers.linear import Linear, PointwiseConv
-
-Layer = TypeVar("Layer", bound=nn.Module)
-
-
-def assert_same_with_gradients(
-    ours: Callable[..., Tensor],
-    theirs: Callable[..., Tensor],
-    inputs: list[Tensor],
-    weights: list[nn.Parameter],
-) -> None:
-    """Outputs and all gradients, in float64."""
-    results = []
-    for function in (ours, theirs):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        output = function(*leaves)
-        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).double()
-        gradients = torch.autograd.grad((output * probe).sum(), [*leaves, *weights])
-        results.append((output, *gradients))
-    for result, expected in zip(*results, strict=True):
-        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
-
-
-def random(layer: Layer) -> Layer:
-    """In float64, with weights of no special values."""
-    torch.manual_seed(0)
-    for parameter in layer.double().parameters():
-        nn.init.normal_(parameter)
-    return layer
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("groups", [1, 4, 12])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_group_norm_silu_is_torchs_two_layers(
-    memory_format: torch.memory_format, groups: int, shifted: bool
-) -> None:
-    layer = random(GroupNormSiLU(groups, 12, eps=1e-5))
-    x = torch.randn(3, 12, 5, 7, dtype=torch.float64).to(memory_format=memory_format)
-    shift = [torch.randn(3, 12, dtype=torch.float64)] if shifted else []
-
-    def expected(x: Tensor, *shift: Tensor) -> Tensor:
-        for each in shift:
-            x = x + each[:, :, None, None]
-        return F.silu(F.group_norm(x, groups, layer.weight, layer.bias, 1e-5))
-
-    assert_same_with_gradients(layer, expected, [x, *shift], list(layer.parameters()))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_modulation_is_torchs_layers(memory_format: torch.memory_format) -> None:
-    layer = random(GroupNormModulateSiLU(4, 12, 1e-5))
-    x = torch.randn(3, 12, 5, 7, dtype=torch.float64).to(memory_format=memory_format)
-    scale_and_shift = torch.randn(3, 24, dtype=torch.float64)
-
-    def expected(x: Tensor, scale_and_shift: Tensor) -> Tensor:
-        scale, shift = scale_and_shift[:, :, None, None].chunk(2, dim=1)
-        normed = F.group_norm(x, 4, layer.weight, layer.bias, 1e-5)
-        return F.silu(normed * (1 + scale) + shift)
-
-    assert_same_with_gradients(layer, expected, [x, scale_and_shift], list(layer.parameters()))
+from tests.support.layers import assert_same_with_gradients, random
 
 
 def test_geglu_linear_is_values_times_gelu_of_gates_then_linear() -> None:
