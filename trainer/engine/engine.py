@@ -14,6 +14,12 @@ from trainer.checkpoints.reader import average_kind
 from trainer.config import Config
 from trainer.engine.averages import averages
 from trainer.engine.optim import build_optimizer, learning_rate
+from trainer.engine.weight_layout import (
+    as_stored,
+    as_weight,
+    store_channels_last,
+    wants_channels_last,
+)
 from trainer.engine.zero import ADAM_MOMENTS, COUNTERS, start_deepspeed
 from trainer.runtime.ranks import Ranks
 
@@ -46,6 +52,9 @@ class Engine:
         self._ranks = ranks
         self._averages = averages(config.ema) if averaged else ()
         self._adam_steps = 0
+        self._channels_last: frozenset[str] = frozenset()
+        if wants_channels_last(config, ranks.device):
+            self._channels_last = store_channels_last(module)
         optimizer = build_optimizer(config.optim, module.parameters())
         self._engine, self._storage = start_deepspeed(module, optimizer, config, ranks)
         self._names = {
@@ -128,9 +137,9 @@ class Engine:
 
         Collective; the order is the same on every rank.
         """
-        for name, parameter in self._names.items():
+        for name in self._names:
             for kind in kinds:
-                yield kind, name, self._storage.full(parameter, kind)
+                yield kind, name, self._full(name, kind)
 
     def num_bytes(self, kinds: Sequence[str]) -> int:
         """Return the size of all tensors of these kinds, over all ranks, in bytes."""
@@ -143,7 +152,7 @@ class Engine:
         average: one of `averages`. Collective; every rank gets the whole dict.
         """
         kind = average_kind(average)
-        averaged = {name: self._storage.full(p, kind) for name, p in self._names.items()}
+        averaged = {name: self._full(name, kind) for name in self._names}
         buffers = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         return averaged | buffers
 
@@ -154,10 +163,13 @@ class Engine:
         """
         for name, parameter in self._names.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)  # stage 3 keeps partitions
+            if stored := name in self._channels_last:
+                shape = as_weight(torch.empty(shape, device="meta")).shape
             for kind in self.kinds:
                 value = read(kind, name)
                 if value.shape != shape:  # DeepSpeed's setters would cut or pad it
                     raise ValueError(f"{kind}/{name} is {list(value.shape)}, not {list(shape)}")
+                value = as_stored(value) if stored else value
                 self._storage.put(parameter, kind, value.to(self._ranks.device))
         self._adam_steps = adam_steps
         for flat in self._storage.flats():
@@ -167,6 +179,11 @@ class Engine:
     def adam_steps(self) -> int:
         """Return the number of applied updates, for Adam's bias correction and the averages."""
         return self._adam_steps
+
+    def _full(self, name: str, kind: str) -> Tensor:
+        """Return a copy of a parameter's full fp32 tensor, in the order of the network's weight."""
+        full = self._storage.full(self._names[name], kind)
+        return as_weight(full).contiguous() if name in self._channels_last else full
 
     @property
     def _state_keys(self) -> tuple[str, ...]:
