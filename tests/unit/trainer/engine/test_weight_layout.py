@@ -68,7 +68,9 @@ def test_a_checkpoint_does_not_know_the_order_of_weights(
         torch.testing.assert_close(tensor, plain[key], atol=1e-6, rtol=1e-4)
     other = network()
     other.load_state_dict(engine.ema_weights("decay_0.5"))
-    torch.testing.assert_close(other[2].weight.detach(), found["ema.decay_0.5", "2.weight"])
+    torch.testing.assert_close(
+        other.get_parameter("2.weight").detach(), found["ema.decay_0.5", "2.weight"]
+    )
 
 
 @pytest.mark.usefixtures("channels_last")
