@@ -4,6 +4,7 @@ Channels-last tensors on a GPU are normalised by `models.layers.group_norm_ops`,
 kernel. The layers store only their inputs, and recompute the rest in the backward pass.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class _GroupNormSiLU(torch.autograd.Function):
             ctx.groups,
             (x_needs or shift_needs, weight_needs, bias_needs),
         )
-        grad_shift = grad_x.sum((2, 3)) if shift_needs else None
+        grad_shift = grad_x.sum((2, 3)) if shift_needs and grad_x is not None else None
         return grad_x, grad_shift, grad_weight, grad_bias, None, None
 
 
@@ -147,13 +148,18 @@ def _normalise_backward(
     weight: Tensor,
     groups: int,
     needed: tuple[bool, ...],
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Return the gradients of x, weight and bias, or None where not `needed`."""
     layout = _norm_format(x)
     grad, x = grad.contiguous(memory_format=layout), x.contiguous(memory_format=layout)
-    return torch.ops.aten.native_group_norm_backward(
+    # the CPU's kernel for channels-last tensors is faster in fp32
+    widen = layout is torch.channels_last and x.dtype is torch.bfloat16
+    if widen:
+        grad, x, mean, rstd, weight = (each.float() for each in (grad, x, mean, rstd, weight))
+    grads: Any = torch.ops.aten.native_group_norm_backward(
         grad, x, mean, rstd, weight, *_sizes(x), groups, needed
     )
+    return [each if each is None else each.bfloat16() for each in grads] if widen else grads
 
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:

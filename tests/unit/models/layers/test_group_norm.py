@@ -60,6 +60,19 @@ def test_modulation_is_torchs_layers(memory_format: torch.memory_format) -> None
     assert_same_with_gradients(layer, expected, [x, scale_and_shift], list(layer.parameters()))
 
 
+def test_both_layouts_have_the_same_gradients_in_bf16() -> None:
+    torch.manual_seed(0)
+    layer = GroupNormSiLU(4, 32, eps=1e-5).to(torch.bfloat16)
+    x, probe = torch.randn(2, 2, 32, 9, 9).to(torch.bfloat16)
+    results: list[tuple[Tensor, ...]] = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = x.contiguous(memory_format=layout).requires_grad_()
+        results.append(torch.autograd.grad(layer(leaf), [leaf, *layer.parameters()], probe))
+        assert all(each.dtype is torch.bfloat16 for each in results[-1])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 2**-7 * expected.norm()
+
+
 @pytest.fixture
 def by_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers normalise by our operator, here by its equations."""
