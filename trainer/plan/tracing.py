@@ -15,19 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
-FORMULAS = flop_registry | {
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        aten._scaled_dot_product_flash_attention
-    ],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
-"""Operator → function that computes its FLOPs from its arguments. torch's registry lacks attention
-on the CPU, which fake tensors run; its first arguments are those of the GPU's kernels."""
+from trainer.runtime.flops import flops_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +89,7 @@ def trace(module: nn.Module, loss: Callable[[], Tensor], micro_batch: int) -> Tr
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live storages at every operator, and the FLOPs of matrix products.
-
-    torch's FlopCounterMode is no alternative: its hooks on modules keep activations alive.
-    """
+    """Counts the bytes of live storages at every operator, and the FLOPs of matrix products."""
 
     def __init__(self, module: nn.Module) -> None:
         """module: its weights and buffers are not counted."""
@@ -124,9 +110,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run the operator and count its results."""
         made = func(*args, **(kwargs or {}))
-        formula = FORMULAS.get(getattr(func, "overloadpacket", None))
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=made)
+        self.flops += flops_of(func, args, kwargs or {}, made)
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 self._count(tensor)

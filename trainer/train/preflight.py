@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from data.streams.stream import Batch
 from trainer.checkpoints.retention import Retention
@@ -24,6 +23,7 @@ from trainer.engine.engines import Engines
 from trainer.runs.paths import CHECKPOINTS, checkpoints_in
 from trainer.runs.record import plain_config, versions
 from trainer.runtime.devices import peak_flops_per_s
+from trainer.runtime.flops import FlopCounter
 from trainer.runtime.ranks import Ranks, end_together
 from trainer.train.feed import Feed
 from trainer.train.snapshots import snapshots_bytes
@@ -268,7 +268,7 @@ class CountedFlops(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """Call the module."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             outputs = self._module(*inputs)
-        self.flops += counter.get_total_flops()
+        self.flops += counter.flops
         return outputs
