@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -61,11 +62,14 @@ def versions() -> dict[str, str]:
     return {**found, "commit": commit}
 
 
-def open_run(config: Config) -> Path:
-    """Create the run folder with config and versions, and return it; rank 0 alone calls it."""
+def open_run(config: Config, kernels: Mapping[str, str]) -> Path:
+    """Create the run folder with config and versions, and return it; rank 0 alone calls it.
+
+    kernels: names of chosen kernels by what they compute, which follow the versions.
+    """
     folder = Path(config.run.dir)
     for name in (CONFIG, VERSIONS, METRICS, QUARANTINE):
         remove_leftovers(folder / name)
     write_atomic(folder / CONFIG, yaml.safe_dump(public_config(config), sort_keys=False).encode())
-    write_atomic(folder / VERSIONS, json.dumps(versions(), indent=1).encode())
+    write_atomic(folder / VERSIONS, json.dumps(versions() | dict(kernels), indent=1).encode())
     return folder

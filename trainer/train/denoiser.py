@@ -1,6 +1,6 @@
 """The task of a denoiser, which trains on the latents of a frozen first stage."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ class DenoisingTask(TrainingTask):
         module: LatentDiffusion,
         frozen: tuple[Autoencoder, Conditioner],
         evaluator: Evaluator | None,
+        kernels: Mapping[str, str],
     ) -> None:
-        """frozen: first stage and conditioner; a trained conditioner is also part of `module`."""
+        """frozen: first stage and conditioner; a trained conditioner is also part of `module`.
+
+        kernels: of attention, by what they compute.
+        """
         self._config = config
         self._ranks = ranks
         self.stream = stream
@@ -64,6 +68,7 @@ class DenoisingTask(TrainingTask):
         stream.draw, stream.pinned = loss.draw, ranks.device.type == "cuda"
         self._turn = Turn(DENOISER, loss)
         self.trained = {DENOISER: Trained(module, averaged=True)}
+        self.kernels = kernels
 
     def turns(self, step: int) -> Sequence[Turn]:
         """Return the one turn of every step."""
@@ -86,8 +91,12 @@ class DenoisingTask(TrainingTask):
             return self._evaluator.evaluate(pipeline, stopping, baselines=baselines)
 
     def state(self) -> dict[str, Any]:
-        """Return the scale of the latents, which sampling needs, and hashes of frozen networks."""
-        return {"latent_scale": self._scale.values, **self._networks}
+        """Return the scale of the latents, which sampling needs, and hashes of frozen networks.
+
+        The kernels are for the record: a run may go on with others.
+        """
+        kernels = dict(self.kernels)
+        return {"latent_scale": self._scale.values, **self._networks, "kernels": kernels}
 
     def load(self, state: dict[str, Any]) -> None:
         """Check that the latents have the scale of the checkpoint, and the networks its hashes.
@@ -136,7 +145,9 @@ def build_denoising(config: Config, ranks: Ranks) -> DenoisingTask:
     if config.train.compile:
         compile_blocks(module)
     evaluator = build_evaluator(config, ranks) if config.eval.every else None
-    return DenoisingTask(config, ranks, stream, module, (first_stage, conditioner), evaluator)
+    frozen = first_stage, conditioner
+    kernels = {f"attention of {name}": kernel for name, kernel in attention.kernels.items()}
+    return DenoisingTask(config, ranks, stream, module, frozen, evaluator, kernels)
 
 
 def _choose_attention(

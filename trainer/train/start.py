@@ -42,7 +42,7 @@ def open_training(config: Config, ranks: Ranks) -> TrainingStart:
     if checkpoint is None:
         task, loaded = begin_with(config, ranks)
         if ranks.is_main:
-            write_data_set(open_run(config), task.stream.manifest.facts)
+            write_data_set(open_run(config, task.kernels), task.stream.manifest.facts)
             _skipped(folder, 0, damaged)
             add_event(folder, 0, "start", **({"loaded": loaded.about} if loaded else {}))
         return TrainingStart(task, None, loaded.optimizer_of if loaded else None)
@@ -50,7 +50,7 @@ def open_training(config: Config, ranks: Ranks) -> TrainingStart:
     task = build_task(with_weights(config, ""), ranks)  # the checkpoint has the weights
     _check(config, task, checkpoint)
     if ranks.is_main:
-        write_data_set(open_run(config), task.stream.manifest.facts)
+        write_data_set(open_run(config, task.kernels), task.stream.manifest.facts)
         _skipped(folder, checkpoint.step, damaged)
         _tell(config, checkpoint, changes)
     return TrainingStart(task, checkpoint, None)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ class TrainingTask(ABC):
 
     stream: Stream
     trained: Mapping[str, Trained]
+    kernels: Mapping[str, str] = MappingProxyType({})
+    """Names of chosen kernels by what they compute, for the run folder."""
 
     @property
     def modules(self) -> dict[str, nn.Module]:

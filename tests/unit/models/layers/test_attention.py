@@ -17,6 +17,7 @@ from models.layers.attention import (
     CPU_HEAD_DIM,
     AttentionShape,
     Backend,
+    Signature,
     choose_attention,
     padded_sdpa_attention,
     reference_attention,
@@ -124,12 +125,14 @@ def test_the_equation_is_an_average_of_the_values() -> None:
     [
         (
             AttentionBackend.auto,
-            "attention: SDPA (xformers has no CPU kernels)",
+            "attention: SDPA flash for float32 heads of 8 with a mask, float32 heads of 8 "
+            "(xformers has no CPU kernels)",
             padded_sdpa_attention,
         ),
         (
             AttentionBackend.sdpa,
-            "attention: SDPA (unet.attention_backend)",
+            "attention: SDPA flash for float32 heads of 8 with a mask, float32 heads of 8 "
+            "(unet.attention_backend)",
             padded_sdpa_attention,
         ),
         (
@@ -142,7 +145,13 @@ def test_the_equation_is_an_average_of_the_values() -> None:
 def test_on_the_cpu_the_choice_is_one_line(
     backend: AttentionBackend, line: str, chosen: Backend
 ) -> None:
-    assert choose_attention(backend, CPU, torch.float32, SHAPES) == (chosen, line)
+    choice = choose_attention(backend, CPU, torch.float32, SHAPES)
+    assert (choice.backend, choice.line) == (chosen, line)
+    kernel = "reference" if chosen is reference_attention else "SDPA flash"
+    assert choice.kernels == {
+        "float32 heads of 8 with a mask": kernel,
+        "float32 heads of 8": kernel,
+    }
 
 
 def test_xformers_that_cannot_be_had_is_an_error() -> None:
@@ -150,10 +159,15 @@ def test_xformers_that_cannot_be_had_is_an_error() -> None:
         choose_attention(AttentionBackend.xformers, CPU, torch.float32, SHAPES)
 
 
-def try_on_another_device(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> str | None:
+def try_on_another_device(
+    monkeypatch: pytest.MonkeyPatch, backend: Backend
+) -> dict[Signature, str]:
     """What is said of xformers on the meta device, which computes shapes alone."""
     monkeypatch.setattr(module, "xformers_attention", backend)
     return why_not_xformers(torch.device("meta"), torch.bfloat16, SHAPES)
+
+
+MASKED, PLAIN = (Signature(torch.bfloat16, 8, masked) for masked in (True, False))
 
 
 def test_xformers_is_tried_with_every_shape_and_the_dtype_of_the_run(
@@ -166,18 +180,22 @@ def test_xformers_is_tried_with_every_shape_and_the_dtype_of_the_run(
         tried.append((q.dtype, AttentionShape._make(sizes)))
         return sdpa_attention(q, k, v, mask)
 
-    assert try_on_another_device(monkeypatch, works) is None
+    assert try_on_another_device(monkeypatch, works) == {}
     assert tried == [(torch.bfloat16, shape) for shape in SHAPES]
 
 
-def test_a_failing_forward_is_one_line_of_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_forward_is_one_short_line_of_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        raise NotImplementedError("no operator found\nfor these inputs")
+        raise NotImplementedError("no operator found\n  for these inputs" + 999 * "\nmore")
 
-    assert try_on_another_device(monkeypatch, fails) == (
+    reasons = try_on_another_device(monkeypatch, fails)
+    assert reasons.keys() == {MASKED, PLAIN}
+    assert reasons[MASKED].startswith(
         "xformers fails at batch=2 queries=16 keys=5 heads=2 head_dim=8 masked=True: "
-        "NotImplementedError: no operator found"
+        "NotImplementedError: no operator found for these inputs more"
     )
+    assert len(reasons[MASKED]) < 500
+    assert "\n" not in reasons[MASKED]
 
 
 def test_a_failing_backward_is_found_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +208,46 @@ def test_a_failing_backward_is_found_too(monkeypatch: pytest.MonkeyPatch) -> Non
         def backward(ctx: Any, *grads: Tensor) -> Never:
             raise RuntimeError("no backward kernel")
 
-    reason = try_on_another_device(monkeypatch, lambda q, k, v, mask: OnlyForward.apply(q, k, v))
-    assert reason is not None
-    assert reason.endswith("RuntimeError: no backward kernel")
+    reasons = try_on_another_device(monkeypatch, lambda q, k, v, mask: OnlyForward.apply(q, k, v))
+    assert reasons.keys() == {MASKED, PLAIN}
+    assert all(reason.endswith("RuntimeError: no backward kernel") for reason in reasons.values())
+
+
+@pytest.mark.parametrize("option", [AttentionBackend.auto, AttentionBackend.xformers])
+def test_a_refused_signature_falls_back_alone(
+    option: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on capability 10: kernels without a mask, none with one."""
+    called: list[str] = []
+
+    def only_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            raise NotImplementedError("too new")
+        called.append("xformers")
+        return sdpa_attention(q, k, v, mask)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        called.append("SDPA")
+        return sdpa_attention(q, k, v, mask)
+
+    monkeypatch.setattr(module, "xformers_attention", only_plain)
+    monkeypatch.setattr(module, "sdpa_attention", sdpa)
+    monkeypatch.setattr(module, "_xformers_kernel", lambda *_: "xformers fa2")
+    choice = choose_attention(option, torch.device("meta"), torch.bfloat16, SHAPES)
+    assert choice.line == (
+        "attention: SDPA math for bfloat16 heads of 8 with a mask; xformers fa2 for bfloat16 heads "
+        "of 8 (xformers fails at batch=2 queries=16 keys=5 heads=2 head_dim=8 masked=True: "
+        "NotImplementedError: too new)"
+    )
+    assert choice.kernels == {str(MASKED): "SDPA math", str(PLAIN): "xformers fa2"}
+    called.clear()
+    q, k = torch.randn(2, 6, 2, 8), torch.randn(2, 5, 2, 8)
+    mask = random_mask(2, 5)
+    for dtype, own in [(torch.bfloat16, None), (torch.bfloat16, mask), (torch.float32, None)]:
+        found = choice.backend(q.to(dtype), k.to(dtype), k.to(dtype), own)
+        assert found.shape == q.shape
+    # nobody has tried xformers on fp32: it gets SDPA, which takes all input
+    assert called == ["xformers", "SDPA", "SDPA"]
 
 
 def test_narrow_heads_are_padded_on_the_cpu_and_others_left(
@@ -219,7 +274,7 @@ def test_gpu_kernels_agree_with_the_equation(backend: Backend, head_dim: int, ma
     device = torch.device("cuda")
     shape = AttentionShape(2, 256, 77, 4, head_dim, masked)
     if backend is xformers_attention:
-        assert why_not_xformers(device, torch.bfloat16, [shape]) is None
+        assert why_not_xformers(device, torch.bfloat16, [shape]) == {}
     torch.manual_seed(0)
     sizes = [(2, tokens, 4, head_dim) for tokens in (256, 77, 77)]
     inputs = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
@@ -271,24 +326,31 @@ import itertools
 from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from models.layers.attention import xformers_ops
-xformers_ops()
-from xformers.ops.fmha import common, dispatch
+from models.layers import attention as ours
+ours.xformers_ops()
+from xformers.ops.fmha import common
 assert common._built_with_cuda
-for capability, width, dtype in itertools.product(
-    [(8, 0), (9, 0), (10, 0)], [40, 64, 80, 160], [torch.bfloat16, torch.float16]
+for capability, dtype, width, masked in itertools.product(
+    [(8, 0), (9, 0), (10, 0)],
+    [torch.bfloat16, torch.float32],
+    [40, 64, 80, 160, 512],
+    [False, True],
 ):
+    # made before: xformers takes no fake tensor for a bias
+    q = torch.empty(2, 64, 8, width, dtype=dtype, device="meta")
+    bias = ours.xformers_bias(q, torch.empty(2, 77, dtype=torch.bool, device="meta"))
     with (
+        mock.patch.object(ours, "xformers_bias", lambda *_: bias),
         mock.patch("torch.cuda.get_device_capability", lambda *_: capability),
         mock.patch("torch.cuda.is_available", lambda: True),
         FakeTensorMode(),
     ):
-        q, k = (
-            torch.empty(2, tokens, 8, width, device="cuda", dtype=dtype, requires_grad=True)
-            for tokens in (64, 77)
-        )
-        inputs = common.Inputs(query=q, key=k, value=k)
-        print(dispatch._dispatch_fw(inputs, True).NAME, dispatch._dispatch_bw(inputs, False).NAME)
+        shape = ours.AttentionShape(2, 64, 77, 8, width, masked)
+        try:
+            names = ours._xformers_kernel(torch.device("cuda"), dtype, shape)
+        except NotImplementedError:
+            names = "none"
+    print(*capability, ours.Signature(dtype, width, masked), "->", names)
 """
 
 
@@ -298,4 +360,12 @@ def test_xformers_has_kernels_for_the_heads_of_gpus() -> None:
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    assert re.fullmatch(r"(fa2F\S+ fa2B\S+\n){24}", done.stdout)
+    found = dict(line.split(" -> ") for line in done.stdout.splitlines())
+    assert len(found) == 60
+    for call, names in found.items():
+        newest = call.startswith("10 0")
+        if "bfloat16" in call and "512" not in call and "mask" not in call:
+            expected = r"xformers fa2F\S+ fa2B\S+"
+        else:
+            expected = "none" if newest else r"xformers cutlassF\S* cutlassB\S*"
+        assert re.fullmatch(expected, names), f"{call}: {names}"

@@ -81,7 +81,7 @@ def test_values_from_the_environment_are_in_no_file(config: Config, tmp_path: Pa
     assert CANARY in json.dumps(plain_config(config))
     assert CANARY not in json.dumps(public_config(config))
     config.run.dir = str(tmp_path)
-    folder = open_run(config)
+    folder = open_run(config, {})
     text = (folder / "config.yaml").read_text()
     assert CANARY not in text
     assert "${oc.env:LF_OPTION_0}" in text
