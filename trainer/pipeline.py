@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from data.storage.documents import is_json_object, read_json
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner, conditioner_class
-from models.conditioning.text import Text, text_fingerprint
+from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX, export_differences
 from models.diffusion.guidance import guided
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import Start, sample
-from models.first_stage.autoencoder import Autoencoder, fingerprint, load_autoencoder
+from models.first_stage.autoencoder import (
+    Autoencoder,
+    AutoencoderVQ,
+    fingerprint,
+    load_autoencoder,
+)
+from models.first_stage.memory import activation_bytes
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.layers.attention import sdpa_for
 from models.layers.blocks import use_attention
@@ -28,7 +34,9 @@ from trainer.checkpoints.reader import Checkpoint
 from trainer.config import Config
 from trainer.pictures.png import to_uint8
 from trainer.runtime import rng
+from trainer.runtime.devices import inference_dtype
 from trainer.runtime.rng import Purpose
+from trainer.runtime.slices import slice_size
 
 FIRST_STAGE, TEXT_ENCODER = "first_stage", "text_encoder"
 """Keys of the hashes of frozen networks in the task's state of a checkpoint."""
@@ -108,7 +116,7 @@ def _check_text_encoder(config: Config, checkpoint: Checkpoint, conditioner: Con
     names = [(trained["model"], trained["pretrained"]), (own.model, own.pretrained)]
     if saved is None or names[0] == names[1] or not isinstance(conditioner, Text):
         return
-    if text_fingerprint(conditioner) != saved:
+    if not same_weights(text_fingerprint(conditioner), saved):
         old, new = (" of ".join(filter(None, reversed(name))) for name in names)
         raise ValueError(
             f"checkpoint.load: {checkpoint.path} was trained with another text encoder: "
@@ -116,11 +124,28 @@ def _check_text_encoder(config: Config, checkpoint: Checkpoint, conditioner: Con
         )
 
 
+def cast_networks(config: Config, device: torch.device, *networks: nn.Module) -> None:
+    """Cast networks that draw to the precision of the training, for good; on a CPU to fp32.
+
+    A text encoder beside stored text keeps fp32, in which the text was made, and so does a first
+    stage with a codebook: in bf16, latents would be nearest to other codes.
+    """
+    dtype = inference_dtype(device, config.train.precision)
+    for network in networks:
+        if isinstance(network, Text):
+            if not config.data.store_text:
+                network.run_in(dtype)
+        elif not isinstance(network, AutoencoderVQ):
+            network.to(dtype)
+
+
 class Pipeline:
     """Draws images. The noise of sample i depends on (seed, i), not on batches or ranks.
 
-    The constructor does not move its networks. The caller puts them on the device, in evaluation
-    mode, for good or by `runtime.placement.on_device`. `load` and `load_export` do this themselves.
+    The sampler's state is fp32, whatever the precision of the networks. The constructor does not
+    move its networks or cast them. The caller casts them (`cast_networks`) and puts them on the
+    device, in evaluation mode, for good or by `runtime.placement.on_device`. `load` and
+    `load_export` do this themselves.
     """
 
     def __init__(
@@ -155,7 +180,7 @@ class Pipeline:
         conditioner = build_conditioner(config.conditioner)
         module, scale = load_trained(config, checkpoint, conditioner)
         autoencoder = load_decoder(config, checkpoint)
-        _place(device, module, conditioner, autoencoder)
+        _place(config, device, module, conditioner, autoencoder)
         return cls(config, module, conditioner, autoencoder, scale, device)
 
     @classmethod
@@ -179,7 +204,7 @@ class Pipeline:
         # no scale: an export has it in the weights of its first stage
         scale = LatentScale([0.0] * channels, [1.0] * channels)
         module, conditioner = LatentDiffusion(unet, None), build_conditioner(config.conditioner)
-        _place(device, module, conditioner, autoencoder)
+        _place(config, device, module, conditioner, autoencoder)
         return cls(config, module, conditioner, autoencoder, scale, device)
 
     @torch.inference_mode()
@@ -228,15 +253,27 @@ class Pipeline:
             step_noise=lambda step: noise(Purpose.sampler_step, step),
             on_step=on_step,
         )
-        return to_uint8(self._autoencoder.decode(self._scale.denormalise(latents)))
+        return self._decode(self._scale.denormalise(latents))
 
     def _encode(self, image: Tensor) -> Tensor:
         """Encode an image [3, H, W] to the normalised mean of its posterior: [1, C, h, w]."""
-        mean = self._autoencoder.encode(image[None].to(self._device))[:, 0]
-        return self._scale.normalise(mean)
+        pixels = image[None].to(self._device, self._decoding_dtype)
+        return self._scale.normalise(self._autoencoder.encode(pixels)[:, 0].float())
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode latents [B, C, h, w] in slices: [B, 3, H, W] uint8 on the CPU."""
+        config, dtype = self._config, self._decoding_dtype
+        each = activation_bytes(config.autoencoder, config.data.image_size, dtype.itemsize)
+        parts = torch.split(latents.to(dtype), slice_size(each, self._device))
+        return torch.cat([to_uint8(self._autoencoder.decode(part).float()) for part in parts])
+
+    @property
+    def _decoding_dtype(self) -> torch.dtype:
+        return next(self._autoencoder.parameters()).dtype
 
 
-def _place(device: torch.device, *networks: nn.Module) -> None:
-    """Move networks to the device, in evaluation mode."""
+def _place(config: Config, device: torch.device, *networks: nn.Module) -> None:
+    """Cast networks, and move them to the device, in evaluation mode."""
+    cast_networks(config, device, *networks)
     for network in networks:
         network.to(device).eval()

@@ -42,6 +42,21 @@ class Text(Conditioner):
         """Stay in evaluation mode, because the encoder is frozen."""
         return super().train(False)
 
+    def run_in(self, dtype: torch.dtype) -> None:
+        """Cast the encoder for good; its fingerprint names the precision from then on."""
+        assert self.weights_hash  # of the weights as they were loaded
+        self.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the encoder; its tokens are fp32 in any."""
+        return next(self.parameters()).dtype
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256, in hex, of the options and of the weights as fp32."""
+        return hash_network(self, {**self.architecture, "features": self.features.value})
+
     def restore(self, tokens: Tensor, dropped: Tensor) -> Condition:
         """Make a condition from stored tokens of `forward`.
 
@@ -69,5 +84,14 @@ class Text(Conditioner):
 
 
 def text_fingerprint(text: Text) -> str:
-    """Identify a text encoder: SHA-256, in hex, of its options and its weights as fp32."""
-    return hash_network(text, {**text.architecture, "features": text.features.value})
+    """Identify a text encoder: SHA-256, in hex, of its options and its weights as fp32.
+
+    Another precision than fp32 follows after a colon, as in `HASH:bfloat16`.
+    """
+    other = "" if text.dtype is torch.float32 else str(text.dtype).replace("torch.", ":")
+    return text.weights_hash + other
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, in any precision."""
+    return one.partition(":")[0] == other.partition(":")[0]

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Never
 
 import pytest
 import torch
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 
 from data.config import CaptionForm
 from models.condition import Condition
+from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner
 from tests.support.text_encoders import WORDS, bert, write_tokenizer
 from tests.support.workshop import Workshop, draw_pictures, losses
+from trainer import pipeline
+from trainer.config import Config
 from trainer.pack.job import pack
 from trainer.precompute.job import precompute
 from trainer.runtime.ranks import ALONE, Ranks
 from trainer.streams import open_latents
+from trainer.train import denoiser
 from trainer.train.denoiser import build_denoising
 from trainer.train.loop import fit
 
@@ -73,6 +78,60 @@ def test_stored_and_computed_conditions_are_the_same(
     assert stored.mask is not None
     assert torch.equal(stored.mask, computed.mask)
     assert set(computed.mask.sum(1).tolist()) == {2, 5}  # nothing, or three words
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ("data.store_text=false", ("meta", torch.bfloat16)),
+        ("data.store_text=true", ("cpu", torch.float32)),
+    ],
+)
+def test_the_text_encoder_is_where_and_in_the_precision_that_training_needs(
+    workshop: Workshop,
+    options: list[str],
+    more: str,
+    expected: tuple[str, torch.dtype],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device stands in for a GPU: it is enough to build on."""
+    built: list[Conditioner] = []
+
+    def choose(config: Config, conditioner: Conditioner, device: torch.device) -> Never:
+        built.append(conditioner)
+        raise InterruptedError
+
+    monkeypatch.setattr(pipeline, "inference_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(denoiser, "_choose_attention", choose)
+    config = workshop.config("emoji", *options, more, "train.precision=bf16")
+    with pytest.raises(InterruptedError):
+        build_denoising(config, Ranks(0, 1, torch.device("meta")))
+    found = {(one.device.type, one.dtype) for one in built[0].parameters()}
+    assert found == {expected}
+
+
+@pytest.mark.parametrize("more", ["data.store_text=false", "data.store_text=true"])
+def test_a_run_goes_on_with_its_text_encoder_in_another_precision(
+    workshop: Workshop, options: list[str], more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = workshop.config("emoji", *options, more, "train.precision=bf16")
+    saved = build_denoising(config, ALONE).state()
+    monkeypatch.setattr(pipeline, "inference_dtype", lambda *_: torch.bfloat16)
+    task = build_denoising(config, ALONE)
+    task.load(saved)
+    suffix = ":bfloat16" if "false" in more else ""
+    assert task.state()["text_encoder"] == saved["text_encoder"] + suffix
+    saved["text_encoder"] = "f" + saved["text_encoder"]
+    with pytest.raises(ValueError, match=r"^conditioner\.pretrained: the weights of this run"):
+        task.load(saved)
+
+
+def test_a_checkpoint_names_the_kernels_of_attention(workshop: Workshop, tmp_path: Path) -> None:
+    assert fit(workshop.config("emoji", "train.max_steps=1", run=tmp_path)) == 0
+    (file,) = tmp_path.glob("checkpoints/*/state.json")
+    kernels = json.loads(file.read_text())["task"]["kernels"]
+    assert kernels == {"attention of float32 heads of 16": "SDPA flash"}
+    assert json.loads((tmp_path / "versions.json").read_text()).items() >= kernels.items()
 
 
 def test_a_run_does_not_depend_on_the_padding(

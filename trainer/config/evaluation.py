@@ -18,6 +18,9 @@ class EvalConfig:
     """[samples, ≥ 1, ≤ 10^6] Samples that a rank draws at once."""
     seed: int = 0
     """[1, ≥ 0, < 2^64] Seed of the samples' noise, which depends on (seed, sample number) alone."""
+    tf32: bool = False
+    """Draw with TF32 on a GPU where networks compute in fp32: faster, with factors of 10 bits.
+    Features are always exact."""
     features: list[Features] = field(default_factory=lambda: [Features.inception])
     """Feature networks. Every metric is computed on each."""
     metrics: list[Metric] = field(default_factory=lambda: [Metric.frechet])

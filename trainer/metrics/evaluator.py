@@ -42,6 +42,7 @@ from trainer.pictures.png import grid, save_png
 from trainer.pipeline import Pipeline
 from trainer.runtime import rng
 from trainer.runtime.placement import on_device
+from trainer.runtime.products import fp32_products
 from trainer.runtime.progress import Stopping, never, progress_bar
 from trainer.runtime.ranks import Ranks
 from trainer.runtime.rng import Purpose
@@ -89,7 +90,7 @@ class Evaluator:
     def samples_protocol(self) -> Protocol:
         """The protocol of `evaluate`."""
         about = self._references.about()
-        return samples_protocol(self._config, self._extractors.values(), about)
+        return samples_protocol(self._config, self._extractors.values(), about, self._ranks.device)
 
     @property
     def folder_protocol(self) -> Protocol:
@@ -212,7 +213,8 @@ class Evaluator:
 
     def _draw(self, pipeline: Pipeline, part: range, keep: Path | None) -> Tensor:
         prompts = [self._prompts.texts[number] for number in part]
-        images = pipeline.draw(prompts, part, self._config.eval.seed)
+        with fp32_products(tf32=self._config.eval.tf32):
+            images = pipeline.draw(prompts, part, self._config.eval.seed)
         if keep is not None:
             for number, image, prompt in zip(part, images, prompts, strict=True):
                 about = {"prompt": prompt, "seed": self._config.eval.seed, "sample": number}
@@ -221,7 +223,8 @@ class Evaluator:
 
     def _picture(self, pipeline: Pipeline, prompts: list[str]) -> Tensor:
         """Draw a grid of one image per prompt, [3, H, W] uint8, with a seed of its own."""
-        images = pipeline.draw(prompts, range(len(prompts)), self._config.eval.seed + 1)
+        with fp32_products(tf32=self._config.eval.tf32):
+            images = pipeline.draw(prompts, range(len(prompts)), self._config.eval.seed + 1)
         return grid(images, GRID_COLUMNS)
 
     def _measure(

@@ -14,8 +14,13 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from trainer.config.choices import Features
+from trainer.runtime.products import fp32_products
 
 _safetensors: Any = safetensors.torch  # its types are incomplete
+
+
+SLICE = 64
+"""Images that a network sees at once: the widest layers of each take about 1 GiB for them."""
 
 
 class FeatureExtractor(nn.Module):
@@ -46,6 +51,8 @@ class FeatureExtractor(nn.Module):
         """Extract the features of images.
 
         images: [B, 3, H, W] uint8, RGB; returns [B, num_features] float32.
+        They come in slices, exactly in fp32, for the memory and for numbers that can be compared.
+
         Raises: ValueError for another shape or type.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -53,8 +60,8 @@ class FeatureExtractor(nn.Module):
                 f"{self.name} takes uint8 images [B, 3, H, W], not {images.dtype} "
                 f"{list(images.shape)}"
             )
-        with torch.inference_mode():
-            return self.pooled(images)
+        with torch.inference_mode(), fp32_products(tf32=False):
+            return torch.cat([self.pooled(part) for part in torch.split(images, SLICE)])
 
     def pooled(self, images: Tensor) -> Tensor:
         """Resize images, run the network, pool: [B, 3, H, W] uint8 → [B, num_features] float32."""

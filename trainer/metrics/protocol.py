@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from trainer.config import Config
 from trainer.config.choices import Metric
 from trainer.metrics.features import FeatureExtractor
 from trainer.runs.paths import PROTOCOLS
 from trainer.runs.record import public_config
 from trainer.runtime import rng
+from trainer.runtime.devices import inference_dtype
 
 DRAWING = ("sampler", "diffusion", "autoencoder", "conditioner")
 """Sections of the config that samples depend on."""
@@ -37,9 +40,15 @@ class Protocol:
 
 
 def samples_protocol(
-    config: Config, extractors: Iterable[FeatureExtractor], reference: Mapping[str, object]
+    config: Config,
+    extractors: Iterable[FeatureExtractor],
+    reference: Mapping[str, object],
+    device: torch.device,
 ) -> Protocol:
-    """Make the protocol of a checkpoint's samples; reference: see `References.about`."""
+    """Make the protocol of a checkpoint's samples, drawn on this device.
+
+    reference: see `References.about`.
+    """
     whole, own = public_config(config), config.eval
     samples = {
         "num_samples": own.num_samples,
@@ -47,8 +56,20 @@ def samples_protocol(
         "noise": rng.NORMAL_STREAM,
         "prompts": rng.CHOICE_STREAM,
         **{name: whole[name] for name in DRAWING},
+        **_arithmetic(config, device),
     }
     return Protocol(_content(config, samples, own.clip_score, extractors, reference))
+
+
+def _arithmetic(config: Config, device: torch.device) -> dict[str, object]:
+    """Return what differs from fp32 while samples are drawn."""
+    found: dict[str, object] = {}
+    dtype = inference_dtype(device, config.train.precision)
+    if dtype is not torch.float32:
+        found["precision"] = str(dtype).removeprefix("torch.")
+    if config.eval.tf32 and device.type == "cuda":
+        found["products"] = "tf32"
+    return found
 
 
 def folder_protocol(

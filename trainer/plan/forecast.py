@@ -19,6 +19,12 @@ from trainer.plan.costs import (
     checkpoint_cost,
     step_time,
 )
+from trainer.plan.evaluation import (
+    EvaluationCost,
+    TracedEvaluation,
+    evaluation_cost,
+    trace_evaluation,
+)
 from trainer.plan.memory import (
     FP32,
     Layout,
@@ -48,6 +54,8 @@ class TracedStep:
     traces: tuple[Trace, Trace]
     model_flops_per_image: float
     """FLOPs of the trained network, forward and backward, without recomputation."""
+    evaluation: TracedEvaluation | None
+    """The networks of an evaluation; None without."""
 
     @property
     def frozen(self) -> Frozen:
@@ -74,11 +82,14 @@ class Forecast:
     sample_bytes: int
     time: StepTime
     checkpoint: CheckpointCost
+    evaluation: EvaluationCost | None
+    """None without evaluations."""
 
     @property
     def fits(self) -> bool:
-        """Whether the configured micro batch fits into the memory."""
-        return self.memory.peak <= self.limit_bytes
+        """Whether the configured micro batch and an evaluation fit into the memory."""
+        evaluating = 0 if self.evaluation is None else self.evaluation.peak_bytes
+        return max(self.memory.peak, evaluating) <= self.limit_bytes
 
     @property
     def images_per_s(self) -> float:
@@ -87,10 +98,13 @@ class Forecast:
 
     @property
     def days(self) -> float:
-        """Days for train.max_steps, with the pauses for checkpoints."""
+        """Days for train.max_steps, with the pauses for checkpoints and evaluations."""
         train = self.config.train
-        saves = train.max_steps / self.config.checkpoint.every
-        return (train.max_steps * self.time.total_s + saves * self.checkpoint.stall_s) / 86_400
+        pauses_s = train.max_steps / self.config.checkpoint.every * self.checkpoint.stall_s
+        if self.evaluation is not None:
+            # the untrained network is measured, too
+            pauses_s += (1 + train.max_steps / self.config.eval.every) * self.evaluation.seconds
+        return (train.max_steps * self.time.total_s + pauses_s) / 86_400
 
     @property
     def gpu_hours(self) -> float:
@@ -130,7 +144,8 @@ def trace_step(config: Config, *, device: str = "cuda") -> TracedStep:
         plain = _trace(without, plan_step(without), attention, TRACED_SIZES[0])
     with torch.device("meta"):
         sizes = Sizes.of(step.build_module())
-    return TracedStep(sizes, step, (traces[0], traces[1]), plain.flops / plain.micro_batch)
+    each = plain.flops / plain.micro_batch
+    return TracedStep(sizes, step, (traces[0], traces[1]), each, trace_evaluation(config, step))
 
 
 def _trace(config: Config, step: StepPlan, attention: Backend, micro_batch: int) -> Trace:
@@ -151,7 +166,7 @@ def layout_of(config: Config, traced: TracedStep, *, ranks: int) -> Layout:
         weight_bytes=BF16 if bf16 else FP32,
         grad_accum_steps=grad_accum_steps(config, ranks),
         averages=len(averages(config.ema)),
-        frozen_bytes=traced.frozen.parameters * FP32,
+        frozen_bytes=traced.frozen.bytes,
         offload=config.deepspeed.offload_optimizer,
     )
 
@@ -178,17 +193,22 @@ def make_forecast(config: Config, traced: TracedStep) -> Forecast:
         averages=layout.averages,
         read_bytes=config.train.global_batch_size * sample,
     )
+    memory = memory_of(config, traced, layout)
+    evaluation = None
+    if traced.evaluation is not None:
+        evaluation = evaluation_cost(config, gpu, traced.evaluation, traced.sizes, memory)
     return Forecast(
         config=config,
         gpu=gpu,
         traced=traced,
         layout=layout,
-        memory=memory_of(config, traced, layout),
+        memory=memory,
         limit_bytes=limit,
         largest_micro_batch=largest_micro_batch(*traced.traces, traced.sizes, layout, limit),
         sample_bytes=sample,
         time=step_time(config, gpu, work),
         checkpoint=checkpoint_cost(config, gpu, traced.sizes.total, layout.averages),
+        evaluation=evaluation,
     )
 
 

@@ -96,7 +96,7 @@ def _memory(forecast: Forecast) -> Iterator[Row]:
     memory = forecast.memory
     precision = forecast.config.train.precision
     yield f"weights, {precision}", _gib(memory.weights)
-    yield "first stage, conditioner", _gib(memory.frozen)
+    yield "text encoder", _gib(memory.frozen)
     yield "optimizer, fp32", _gib(memory.optimizer)
     yield f"EMA, {forecast.layout.averages} x fp32", _gib(memory.ema)
     yield "gradients and buckets", _gib(memory.gradients)
@@ -147,6 +147,10 @@ def _run(forecast: Forecast) -> Iterator[Row]:
     if config.plan.price_per_gpu_hour:
         price = config.plan.price_per_gpu_hour
         yield "cost", f"{forecast.gpu_hours * price:,.0f} at plan.price_per_gpu_hour={price:g}"
+    if forecast.evaluation is not None:
+        one, every = forecast.evaluation, config.eval.every
+        yield "an evaluation", f"{one.peak_bytes / GIB:,.1f} GiB at its peak, {one.phase}"
+        yield "", f"{one.seconds:,.0f} s every {every:,} steps, without feature networks"
     size = saved.size_bytes / GIB
     kept = config.checkpoint.keep
     yield "a checkpoint", f"{size:,.2f} GiB every {config.checkpoint.every:,} steps"

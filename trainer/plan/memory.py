@@ -54,7 +54,7 @@ class Layout:
     averages: int
     """Number of averages of the weights."""
     frozen_bytes: int
-    """Bytes of networks that are not trained: the first stage and the conditioner."""
+    """Bytes of networks that are not trained: a conditioner that runs in training."""
     offload: bool
     """Whether the optimizer is in host memory."""
 

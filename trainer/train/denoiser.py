@@ -9,7 +9,7 @@ import torch
 from data.streams.latents import LatentStream
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner
-from models.conditioning.text import Text, text_fingerprint
+from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.first_stage import autoencoder
 from models.first_stage.autoencoder import Autoencoder, load_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
@@ -21,7 +21,7 @@ from trainer.config import Config, Precision
 from trainer.engine.compilation import compile_blocks
 from trainer.metrics.evaluator import Evaluator, build_evaluator
 from trainer.metrics.result import Evaluation
-from trainer.pipeline import FIRST_STAGE, TEXT_ENCODER, Pipeline
+from trainer.pipeline import FIRST_STAGE, TEXT_ENCODER, Pipeline, cast_networks
 from trainer.runs.paths import CHECKPOINTS, SAMPLES
 from trainer.runtime import rng
 from trainer.runtime.placement import on_device
@@ -84,8 +84,9 @@ class DenoisingTask(TrainingTask):
             conditioner = build_conditioner(self._config.conditioner) if trained else None
             module = LatentDiffusion(UNet2DCondition(self._config.unet), conditioner)
         module.load_state_dict(weights, assign=True)
-        conditioner = conditioner or self._conditioner
         autoencoder, device = self._autoencoder, self._ranks.device
+        cast_networks(self._config, device, module)
+        conditioner = conditioner or self._conditioner
         pipeline = Pipeline(self._config, module, conditioner, autoencoder, self._scale, device)
         with on_device([module, conditioner, autoencoder], device):
             return self._evaluator.evaluate(pipeline, stopping, baselines=baselines)
@@ -101,11 +102,13 @@ class DenoisingTask(TrainingTask):
     def load(self, state: dict[str, Any]) -> None:
         """Check that the latents have the scale of the checkpoint, and the networks its hashes.
 
+        A text encoder may go on in another precision, on another kind of device.
+
         Raises: ValueError naming the option of the latents or of a network.
         """
         options = {FIRST_STAGE: "autoencoder.weights", TEXT_ENCODER: "conditioner.pretrained"}
         for name, digest in self._networks.items():
-            if state.get(name, digest) != digest:  # 0.1.0 did not save hashes
+            if not same_weights(state.get(name, digest), digest):  # 0.1.0 did not save hashes
                 raise ValueError(
                     f"{options[name]}: the weights of this run had the hash {state[name][:12]}, "
                     f"these have {digest[:12]}: name those, or choose another run.name"
@@ -131,8 +134,11 @@ def build_denoising(config: Config, ranks: Ranks) -> DenoisingTask:
     stream = open_latents(config, ranks)
     first_stage = load_autoencoder(config.autoencoder)
     rng.seed_torch(config.run.seed)
-    conditioner = build_conditioner(config.conditioner).to(ranks.device)
+    conditioner = build_conditioner(config.conditioner)
     _check_latents(config, stream, first_stage, conditioner)
+    cast_networks(config, ranks.device, first_stage, conditioner)
+    if not (isinstance(conditioner, Text) and config.data.store_text):
+        conditioner.to(ranks.device)  # beside stored text, training needs the empty caption alone
     unet = UNet2DCondition(config.unet)
     if config.unet.weights:
         load_unet(unet, config.unet, Path(config.unet.weights))

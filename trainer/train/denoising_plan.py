@@ -15,6 +15,7 @@ from models.first_stage.autoencoder import build_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.unet import UNet2DCondition
 from trainer.config import Config
+from trainer.runtime.devices import inference_dtype
 from trainer.train.denoising_loss import DenoisingLoss
 from trainer.train.task import Frozen, StepPlan, shapes_only
 
@@ -90,9 +91,12 @@ class StandIn(Conditioner):
 
 
 def _frozen(config: Config, conditioner: Outline) -> Frozen:
-    """Count parameters and FLOPs of the frozen networks, without loading weights."""
+    """Count the frozen networks of a training on GPUs, without loading weights."""
     with torch.device("meta"):
         first_stage = build_autoencoder(config.autoencoder)
     parameters = sum(parameter.numel() for parameter in first_stage.parameters())
-    flops = 0 if config.data.store_text else conditioner.flops
-    return Frozen(parameters + conditioner.parameters, flops)
+    total = parameters + conditioner.parameters
+    if config.data.store_text:
+        return Frozen(total, bytes=0, flops_per_image=0)
+    width = inference_dtype(torch.device("cuda"), config.train.precision).itemsize
+    return Frozen(total, conditioner.parameters * width, conditioner.flops)

@@ -116,7 +116,10 @@ class Frozen:
     """Frozen networks that run beside the trained one."""
 
     parameters: int
-    """Number of parameters of the first stage and a frozen conditioner; fp32."""
+    """Number of parameters of the first stage and a frozen conditioner."""
+    bytes: int
+    """Bytes of those that are on the device while it trains: a conditioner that runs in
+    training."""
     flops_per_image: int
     """FLOPs of a frozen conditioner; 0 if it does not run in training."""
 

@@ -8,14 +8,15 @@ from PIL import Image
 from torch import Tensor
 
 from models.conditioning.conditioners import build_conditioner
-from models.first_stage.autoencoder import AutoencoderKL
+from models.first_stage.autoencoder import AutoencoderKL, build_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.unet import UNet2DCondition
 from tests.support.workshop import NETWORKS
+from trainer import pipeline as module
 from trainer.cli import load_config
 from trainer.config import Config
 from trainer.pictures.png import to_uint8
-from trainer.pipeline import Pipeline
+from trainer.pipeline import Pipeline, cast_networks
 from trainer.sample.job import draw, read_image
 
 CLASSES = [
@@ -126,3 +127,48 @@ def test_what_is_no_picture_is_named(content: bytes | None, message: str, tmp_pa
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         draw(config_of("sample.prompts=['1']", f"sample.init_image={path}"))
+
+
+def test_images_are_decoded_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, autoencoder = pipeline_of()
+    whole = pipeline.draw(["0", "1", "2"], [4, 5, 6], seed=1)
+    sizes: list[int] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        sizes.append(len(latents))
+        return AutoencoderKL.decode(autoencoder, latents)
+
+    monkeypatch.setattr(autoencoder, "decode", decode)
+    monkeypatch.setattr(module, "slice_size", lambda each, device: 2)
+    sliced = pipeline.draw(["0", "1", "2"], [4, 5, 6], seed=1)
+    assert sizes == [2, 1]
+    assert distance(whole, sliced) < 0.01
+
+
+def test_networks_in_bf16_draw_nearly_the_same_from_an_fp32_sampler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipeline, _ = pipeline_of()
+    exact = pipeline.draw(["0", "1"], [4, 5], seed=1)
+    networks = pipeline._module, pipeline._autoencoder
+    monkeypatch.setattr(module, "inference_dtype", lambda *_: torch.bfloat16)
+    cast_networks(pipeline._config, torch.device("cpu"), *networks)
+    assert {one.dtype for network in networks for one in network.parameters()} == {torch.bfloat16}
+    states: list[torch.dtype] = []
+    rounded = pipeline.draw(
+        ["0", "1"], [4, 5], seed=1, on_step=lambda step, latents: states.append(latents.dtype)
+    )
+    assert set(states) == {torch.float32}
+    assert 0 < distance(exact, rounded) < 3.0
+    started = pipeline.draw(["0"], [4], seed=1, init_image=PICTURE, strength=0.5)
+    assert started.shape == (1, 3, 32, 32)
+
+
+def test_a_first_stage_with_a_codebook_keeps_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "inference_dtype", lambda *_: torch.bfloat16)
+    config = config_of("autoencoder.kind=vq", "autoencoder.num_embeddings=16")
+    first_stage = build_autoencoder(config.autoencoder)
+    cast_networks(config, torch.device("cpu"), first_stage)
+    assert {one.dtype for one in first_stage.parameters()} == {torch.float32}

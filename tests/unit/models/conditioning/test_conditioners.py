@@ -16,7 +16,7 @@ from models.condition import Condition
 from models.conditioning.class_label import ClassLabel
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner, conditioner_class
-from models.conditioning.text import Text, text_fingerprint
+from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.config import ConditionerConfig, ConditionerKind, TextFeatures
 from models.config.conditioning import CONDITIONERS
 from tests.support.text_encoders import CLIP, write_clip
@@ -138,6 +138,25 @@ def test_the_fingerprint_names_the_text_tower_and_not_its_file(
         other(config, features=TextFeatures.penultimate),
     ]
     assert len({original, *map(named, others)}) == 4
+
+
+@pytest.mark.parametrize("features", [TextFeatures.penultimate, TextFeatures.pooled])
+def test_a_text_tower_in_bf16_says_so_in_its_fingerprint(
+    tiny: tuple[ConditionerConfig, open_clip.CLIP], features: TextFeatures
+) -> None:
+    width = CLIP["embed_dim"] if features is TextFeatures.pooled else 32
+    config = other(tiny[0], features=features, width=width)
+    text = build_conditioner(config)
+    assert isinstance(text, Text)
+    exact, name = tokens_of(config, CAPTIONS), named(config)
+    text.run_in(torch.bfloat16)
+    assert {parameter.dtype for parameter in text.parameters()} == {torch.bfloat16}
+    tokens = text(CAPTIONS, SIZE).tokens
+    assert tokens.dtype == torch.float32
+    assert 1e-4 < (tokens - exact).norm() / exact.norm() < 0.05
+    assert text_fingerprint(text) == f"{name}:bfloat16"
+    assert same_weights(text_fingerprint(text), name)
+    assert not same_weights(text_fingerprint(text), named(tiny[0]))
 
 
 def test_built_in_architectures_load_from_local_weights(tmp_path: Path) -> None:

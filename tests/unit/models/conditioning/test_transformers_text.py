@@ -93,6 +93,25 @@ def test_tokens_are_those_of_the_caption_alone_and_padding_is_masked(
         assert not tokens[~mask].any()
 
 
+def test_an_encoder_in_bf16_says_so_in_its_fingerprint(
+    saved: tuple[ConditionerConfig, Any],
+) -> None:
+    config, _ = saved
+    text, exact = build_conditioner(config), encode(config)
+    assert isinstance(text, Text)
+    name = text_fingerprint(text)
+    text.run_in(torch.bfloat16)
+    tokens, mask, _ = text(CAPTIONS, SIZE)
+    assert tokens is not None
+    assert exact.tokens is not None
+    assert tokens.dtype == torch.float32
+    assert 1e-4 < (tokens - exact.tokens).norm() / exact.tokens.norm() < 0.05
+    assert mask is not None
+    assert exact.mask is not None
+    assert torch.equal(mask, exact.mask)
+    assert text_fingerprint(text) == f"{name}:bfloat16"
+
+
 def test_pooled_features_are_the_mean_of_the_tokens(saved: tuple[ConditionerConfig, Any]) -> None:
     config, network = saved
     tokens, mask, _ = encode(options(config.pretrained, features=TextFeatures.pooled))

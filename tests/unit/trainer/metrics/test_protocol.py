@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.small_metric import MeanColour
 from trainer.cli import load_config
@@ -14,9 +15,9 @@ REFERENCE = {"dataset": "d" * 64, "num_samples": 38, "seed": 0}
 EXTRACTORS = [MeanColour(Features.dinov2)]
 
 
-def samples(*options: str) -> Protocol:
+def samples(*options: str, device: str = "cpu") -> Protocol:
     config = load_config(["+experiment=emoji", *options])
-    return samples_protocol(config, EXTRACTORS, REFERENCE)
+    return samples_protocol(config, EXTRACTORS, REFERENCE, torch.device(device))
 
 
 def folder(*options: str) -> Protocol:
@@ -37,6 +38,20 @@ def test_a_folder_to_measure_later_leaves_the_protocol_of_a_training_as_it_is() 
 def test_only_samples_depend_on_how_they_are_drawn(option: str) -> None:
     assert samples(option).hash != samples().hash
     assert folder(option).hash == folder().hash
+
+
+def test_the_arithmetic_counts_where_it_differs_from_fp32() -> None:
+    fp32, bf16, tf32 = "train.precision=fp32", "train.precision=bf16", "eval.tf32=true"
+    exact = samples(fp32)
+    # a CPU draws in fp32 whatever the training's precision, and has no TF32
+    assert samples(bf16, tf32).hash == samples(fp32, device="cuda").hash == exact.hash
+    others = [samples(bf16, device="cuda"), samples(fp32, tf32, device="cuda")]
+    others.append(samples(bf16, tf32, device="cuda"))
+    assert len({one.hash for one in [exact, *others]}) == 4
+    drawn = others[2].content["samples"]
+    assert isinstance(drawn, dict)
+    assert drawn.items() >= {"precision": "bfloat16", "products": "tf32"}.items()
+    assert {folder(option).hash for option in (fp32, bf16, tf32)} == {folder().hash}
 
 
 @pytest.mark.parametrize("stream", ["NORMAL_STREAM", "CHOICE_STREAM"])
