@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from tests.support.paths import ROOT
+
 aten = torch.ops.aten
 READS = {
     aten._local_scalar_dense,
@@ -25,7 +27,6 @@ READS = {
     aten.nonzero,
     aten._unique2,
 }
-ROOT = Path(__file__).parents[2]
 
 
 class HostWaits(TorchDispatchMode):

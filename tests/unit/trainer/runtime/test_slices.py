@@ -1,5 +1,7 @@
 """Sizes of slices, and TF32, on a GPU that is made up."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,7 +36,8 @@ def test_a_slice_takes_half_of_a_gpu_that_is_short_of_memory(
 
 
 def precisions() -> tuple[str, str]:
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    backends: Any = torch.backends  # torch declares a part of them
+    return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
 
 
 def test_products_are_exact_or_tf32_within_and_as_before_after_an_error() -> None:
