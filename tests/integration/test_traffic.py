@@ -9,7 +9,7 @@ from tests.support.processes import run_command
 from tests.support.traffic import planned_bytes, sent_bytes
 from tests.support.workshop import Workshop
 
-RANKS = 4
+RANKS = 2
 OPTIONS = ["train.max_steps=3", "train.log_every=100", "data.lanes=8", "train.micro_batch_size=1"]
 
 
