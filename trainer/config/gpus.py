@@ -11,5 +11,6 @@ import conf
 
 @cache
 def gpu_table() -> dict[str, dict[str, Any]]:
-    """Return the table: `bf16_tflops` by device name, and `cards` by the names of plan.gpu."""
+    """Return the table: `bf16_tflops` by device name, `launch_us` by class of software, and `cards`
+    by the names of plan.gpu."""
     return yaml.safe_load((Path(conf.__path__[0]) / "gpus.yaml").read_text())

@@ -95,14 +95,15 @@ class PlanConfig:
     """[nodes, ≥ 1, ≤ 10^6] Number of nodes."""
     gpus_per_node: int = 8
     """[GPUs, ≥ 1, ≤ 1024] GPUs of a node."""
-    mfu: float = 0.29
-    """[share, > 0, ≤ 1] Part of the GPU's dense peak that forward and backward passes reach; see
-    docs/planning.md."""
+    mfu: float = 0.0
+    """[share, ≥ 0, ≤ 1] Part of the GPU's dense peak that products reach in large micro batches; 0:
+    that of plan.gpu in conf/gpus.yaml, with or without train.compile. See docs/planning.md."""
     reserve_gib: float = 4.0
     """[GiB, ≥ 0, ≤ 10^4] GPU memory that the plan leaves free: the CUDA context, NCCL, workspaces
     of convolutions, fragments."""
-    network_gbit_per_s: float = 400.0
-    """[Gbit/s, > 0, ≤ 10^6] Bandwidth of one node to the others."""
+    network_gbit_per_s: float = 0.0
+    """[Gbit/s, ≥ 0, ≤ 10^6] Bandwidth of one node to the others; 0: that of NVIDIA's systems with
+    plan.gpu, in conf/gpus.yaml for each GPU of the node."""
     store_gib_per_s: float = 2.0
     """[GiB/s, > 0, ≤ 10^6] Bandwidth of the store, for the whole job."""
     price_per_gpu_hour: float = 0.0

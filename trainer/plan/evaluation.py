@@ -11,11 +11,12 @@ import torch
 from models.config.conditioning import CONDITIONERS
 from models.first_stage.autoencoder import Autoencoder, build_autoencoder
 from models.first_stage.memory import activation_bytes
-from trainer.config import Config, Precision, Task
+from trainer.config import Config, Task
 from trainer.engine.averages import averages
+from trainer.plan.machine import Machine
 from trainer.plan.memory import FP32, Memory, Sizes
 from trainer.plan.tracing import LiveBytes, fake_mode, fake_module
-from trainer.runtime.devices import Gpu, inference_dtype
+from trainer.runtime.devices import inference_dtype
 from trainer.runtime.slices import MOST_BYTES
 from trainer.train.task import StepPlan
 
@@ -79,10 +80,10 @@ def trace_evaluation(config: Config, step: StepPlan) -> TracedEvaluation | None:
 
 
 def evaluation_cost(
-    config: Config, gpu: Gpu, traced: TracedEvaluation, sizes: Sizes, memory: Memory
+    config: Config, machine: Machine, traced: TracedEvaluation, sizes: Sizes, memory: Memory
 ) -> EvaluationCost:
     """Predict an evaluation of each average. memory: of the training, whose state stays."""
-    own, stage, plan = config.eval, config.autoencoder, config.plan
+    own, stage = config.eval, config.autoencoder
     width = _dtype(config).itemsize
     predictions = 2 if _is_guided(config) else 1
     whole = own.batch_size * activation_bytes(stage, config.data.image_size, width)
@@ -94,13 +95,12 @@ def evaluation_cost(
     # the average is gathered in fp32, and cast
     average = sizes.total * (FP32 + (width if width < FP32 else 0))
     kept = memory.weights + memory.optimizer + memory.ema
-    peak = gpu.bf16_tflops if config.train.precision is Precision.bf16 else gpu.fp32_tflops
     each = config.sampler.steps * predictions * traced.forward_flops + traced.decoding_flops
-    images = own.num_samples / (plan.nodes * plan.gpus_per_node)
+    images = own.num_samples / machine.ranks
     return EvaluationCost(
         peak_bytes=int(kept + average + traced.frozen_bytes + phases[phase]),
         phase=phase,
-        seconds=len(averages(config.ema)) * images * each / (peak * 1e12 * plan.mfu),
+        seconds=machine.products_s(len(averages(config.ema)) * images * each),
     )
 
 

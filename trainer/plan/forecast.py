@@ -6,12 +6,13 @@ import torch
 
 from data.order.batches import check_batch
 from models.config import AttentionBackend
-from models.layers.attention import Backend, reference_attention, sdpa_for
+from models.layers.attention import reference_attention, sdpa_for
 from models.layers.blocks import use_attention
 from trainer.checks import grad_accum_steps
 from trainer.config import Config, Precision
 from trainer.engine.averages import averages
 from trainer.plan.costs import (
+    DEEPSPEED_OPERATORS,
     GIB,
     CheckpointCost,
     StepTime,
@@ -25,6 +26,7 @@ from trainer.plan.evaluation import (
     evaluation_cost,
     trace_evaluation,
 )
+from trainer.plan.machine import Machine, machine_of
 from trainer.plan.memory import (
     FP32,
     Layout,
@@ -35,7 +37,6 @@ from trainer.plan.memory import (
     predict,
 )
 from trainer.plan.tracing import Trace, fake_mode, fake_module, trace
-from trainer.runtime.devices import Gpu, find_gpu
 from trainer.train.task import Frozen, StepPlan
 from trainer.train.tasks import plan_step
 
@@ -73,12 +74,11 @@ class Forecast:
     """Memory, time and cost of a run on a machine."""
 
     config: Config
-    gpu: Gpu
+    machine: Machine
     traced: TracedStep
     layout: Layout
     memory: Memory
     limit_bytes: float
-    largest_micro_batch: int
     sample_bytes: int
     time: StepTime
     checkpoint: CheckpointCost
@@ -90,6 +90,14 @@ class Forecast:
         """Whether the configured micro batch and an evaluation fit into the memory."""
         evaluating = 0 if self.evaluation is None else self.evaluation.peak_bytes
         return max(self.memory.peak, evaluating) <= self.limit_bytes
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Largest divisor of a rank's samples that fits; 0 if none does."""
+        traced, samples = self.traced, self.config.train.global_batch_size // self.layout.ranks
+        return largest_micro_batch(
+            *traced.traces, traced.sizes, self.layout, self.limit_bytes, samples=samples
+        )
 
     @property
     def images_per_s(self) -> float:
@@ -132,29 +140,37 @@ def trace_step(config: Config, *, device: str = "cuda") -> TracedStep:
 
     device: the type of device whose attention kernels are traced.
     """
+    step = plan_step(config)
+    first, second = (_trace(config, step, size, device) for size in TRACED_SIZES)
+    plain = first
+    if config.unet.gradient_checkpointing:
+        without = with_options(config, checkpointing=False)
+        plain = _trace(without, plan_step(without), TRACED_SIZES[0], device)
+    each = plain.flops / plain.micro_batch
+    return TracedStep(_sizes(step), step, (first, second), each, trace_evaluation(config, step))
+
+
+def trace_one(config: Config, step: StepPlan) -> tuple[Trace, Sizes]:
+    """Trace one small micro batch of a step, as on a GPU; return its weights' sizes, too."""
+    return _trace(config, step, TRACED_SIZES[0], "cuda"), _sizes(step)
+
+
+def _trace(config: Config, step: StepPlan, micro_batch: int, device: str) -> Trace:
     # xformers needs a GPU; SDPA keeps the same tensors for the backward pass
     attention = sdpa_for(torch.device(device))
     if config.unet.attention_backend is AttentionBackend.reference:
         attention = reference_attention
-    step = plan_step(config)
-    traces = [_trace(config, step, attention, size) for size in TRACED_SIZES]
-    plain = traces[0]
-    if config.unet.gradient_checkpointing:
-        without = with_options(config, checkpointing=False)
-        plain = _trace(without, plan_step(without), attention, TRACED_SIZES[0])
-    with torch.device("meta"):
-        sizes = Sizes.of(step.build_module())
-    each = plain.flops / plain.micro_batch
-    return TracedStep(sizes, step, (traces[0], traces[1]), each, trace_evaluation(config, step))
-
-
-def _trace(config: Config, step: StepPlan, attention: Backend, micro_batch: int) -> Trace:
     mode = fake_mode()
     dtype = torch.bfloat16 if config.train.precision is Precision.bf16 else torch.float32
     module = fake_module(step.build_module, dtype, mode)
     use_attention(module, attention)
     with mode:
         return trace(module, lambda: step.loss(module, micro_batch), micro_batch)
+
+
+def _sizes(step: StepPlan) -> Sizes:
+    with torch.device("meta"):
+        return Sizes.of(step.build_module())
 
 
 def layout_of(config: Config, traced: TracedStep, *, ranks: int) -> Layout:
@@ -180,35 +196,43 @@ def memory_of(config: Config, traced: TracedStep, layout: Layout) -> Memory:
 
 def make_forecast(config: Config, traced: TracedStep) -> Forecast:
     """Predict memory, time and cost of the traced step on the configured machine."""
-    gpu = find_gpu(config.plan.gpu)
-    layout = layout_of(config, traced, ranks=config.plan.nodes * config.plan.gpus_per_node)
-    limit = (gpu.memory_gib - config.plan.reserve_gib) * GIB
-    each = config.train.global_batch_size // layout.ranks
-    sample = traced.step.sample_bytes
-    work = Work(
-        flops=traced.flops_per_image * each,
-        parameters=traced.sizes.total,
-        weight_bytes=layout.weight_bytes,
-        grad_accum_steps=layout.grad_accum_steps,
-        averages=layout.averages,
-        read_bytes=config.train.global_batch_size * sample,
-    )
-    memory = memory_of(config, traced, layout)
-    evaluation = None
+    machine = machine_of(config)
+    layout = layout_of(config, traced, ranks=machine.ranks)
+    limit = (machine.gpu.memory_gib - config.plan.reserve_gib) * GIB
+    work = work_of(config, traced, layout)
+    memory, evaluation = memory_of(config, traced, layout), None
     if traced.evaluation is not None:
-        evaluation = evaluation_cost(config, gpu, traced.evaluation, traced.sizes, memory)
+        evaluation = evaluation_cost(config, machine, traced.evaluation, traced.sizes, memory)
     return Forecast(
         config=config,
-        gpu=gpu,
+        machine=machine,
         traced=traced,
         layout=layout,
         memory=memory,
         limit_bytes=limit,
-        largest_micro_batch=largest_micro_batch(*traced.traces, traced.sizes, layout, limit),
-        sample_bytes=sample,
-        time=step_time(config, gpu, work),
-        checkpoint=checkpoint_cost(config, gpu, traced.sizes.total, layout.averages),
+        sample_bytes=traced.step.sample_bytes,
+        time=step_time(machine, work, store_gib_per_s=config.plan.store_gib_per_s),
+        checkpoint=checkpoint_cost(config, machine, traced.sizes.total, layout.averages),
         evaluation=evaluation,
+    )
+
+
+def work_of(config: Config, traced: TracedStep, layout: Layout) -> Work:
+    """Return the work of a rank in an optimizer step of this layout."""
+    batch, stage = config.train.global_batch_size, layout.stage
+    return Work(
+        stage=stage,
+        flops=traced.flops_per_image * (batch // layout.ranks),
+        operators=traced.traces[0].operators,
+        optimizer_operators=DEEPSPEED_OPERATORS * traced.sizes.tensors if stage else 0,
+        parameters=traced.sizes.total,
+        weight_bytes=layout.weight_bytes,
+        grad_accum_steps=layout.grad_accum_steps,
+        averages=layout.averages,
+        read_bytes=batch * traced.step.sample_bytes,
+        # DeepSpeed's default
+        overlaps=stage == 3,
+        offload=layout.offload,
     )
 
 

@@ -1,29 +1,19 @@
 """Print memory, time and cost of a run."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from data.storage.documents import read_json
 from trainer.checkpoints.identity import check_resume
 from trainer.checkpoints.reader import MAX_STATE_BYTES, STATE
 from trainer.checkpoints.state import parse_state
-from trainer.config import Config, Precision
+from trainer.config import Config
+from trainer.plan.comparison import better_forecast, better_lines, comparison_lines
 from trainer.plan.costs import GIB
-from trainer.plan.forecast import (
-    Forecast,
-    TracedStep,
-    check,
-    make_forecast,
-    trace_step,
-    with_options,
-)
+from trainer.plan.forecast import Forecast, check, make_forecast, trace_step
+from trainer.plan.machine import software_of
 from trainer.runs.paths import newest_checkpoint
-from trainer.train.tasks import plan_step
-
-STAGES = (0, 1, 2, 3)
-MICRO_BATCHES = 3
-"""Most micro batches in the comparison that fit; it also shows the next larger one."""
 
 Row = tuple[str, str]
 
@@ -37,7 +27,10 @@ def plan(config: Config) -> None:
     if other := _other_run(config):
         print(f"warning: {other}", file=sys.stderr, flush=True)
     traced = trace_step(config)
-    print("\n".join(summary_lines(make_forecast(config, traced))), flush=True)
+    configured = make_forecast(config, traced)
+    print("\n".join(summary_lines(configured)), flush=True)
+    if better := better_forecast(configured):
+        print("\n".join(["", *better_lines(configured, better)]), flush=True)
     if config.plan.compare:
         print("\n".join(["", *comparison_lines(config, traced)]), flush=True)
 
@@ -101,28 +94,33 @@ def _memory(forecast: Forecast) -> Iterator[Row]:
     yield f"EMA, {forecast.layout.averages} x fp32", _gib(memory.ema)
     yield "gradients and buckets", _gib(memory.gradients)
     yield "activations", _gib(memory.activations)
-    usable = (
-        f"of {forecast.limit_bytes / GIB:.1f} ({forecast.gpu.memory_gib} without plan.reserve_gib)"
-    )
+    whole = forecast.machine.gpu.memory_gib
+    usable = f"of {forecast.limit_bytes / GIB:.1f} ({whole} without plan.reserve_gib)"
     verdict = "fits" if forecast.fits else "DOES NOT FIT"
     yield "peak", f"{_gib(memory.peak)} {usable}: {verdict}"
     yield "", f"reached in the {memory.phase}"
     if memory.host:
         yield "in host memory", f"{_gib(memory.host)} a GPU (deepspeed.offload_optimizer)"
-    yield "largest micro batch", f"{forecast.largest_micro_batch}"
+    each = forecast.config.train.global_batch_size // forecast.layout.ranks
+    largest = forecast.largest_micro_batch
+    yield "largest micro batch", f"{largest} that divides a GPU's {each} samples and fits"
 
 
 def _time(forecast: Forecast) -> Iterator[Row]:
     time, layout, options = forecast.time, forecast.layout, forecast.config.plan
-    peak = forecast.gpu.bf16_tflops
-    if forecast.config.train.precision is Precision.fp32:
-        peak = forecast.gpu.fp32_tflops
-    rate = f"plan.mfu={options.mfu:g} of {peak:g} TFLOP/s, {forecast.config.train.precision}"
+    machine, software = forecast.machine, software_of(forecast.config)
+    rate = f"plan.mfu={machine.mfu:.3g} of {machine.peak_tflops:g} TFLOP/s, {software}"
     yield "products", f"{_seconds(time.compute_s)} at {rate}"
-    place = "in host memory" if layout.offload else f"at {forecast.gpu.memory_gb_per_s:g} GB/s"
-    yield "optimizer", f"{_seconds(time.optimizer_s)} {place}"
-    hidden = ", beside the products" if time.overlaps else ""
-    yield "communication", f"{_seconds(time.communication_s)} {_links(forecast)}{hidden}"
+    if forecast.traced.frozen.flops_per_image:
+        share = forecast.traced.frozen.flops_per_image / forecast.traced.flops_per_image
+        yield "", f"{_seconds(share * time.compute_s)} of it in the conditioner"
+    operators = forecast.traced.traces[0].operators
+    yield "launches", f"{_seconds(time.launch_s)} of {operators:,} operators a micro batch"
+    place = "in host memory" if layout.offload else f"at {machine.gpu.memory_gb_per_s:g} GB/s"
+    yield "optimizer", f"{_seconds(time.optimizer_s)} {place}, and its own launches"
+    yield "communication", f"{_seconds(time.communication_s)} {_links(forecast)}"
+    if time.hidden_s:
+        yield "", f"{_seconds(time.hidden_s)} of it beside the products"
     yield "store", f"{_seconds(time.store_s)} at plan.store_gib_per_s={options.store_gib_per_s:g}"
     yield "together", f"{_seconds(time.total_s)} the store is read beside all else"
     yield "limit", forecast.limit
@@ -132,8 +130,8 @@ def _links(forecast: Forecast) -> str:
     if forecast.layout.ranks == 1:
         return "one GPU has none"
     if forecast.config.plan.nodes == 1:
-        return f"at {forecast.gpu.link_gb_per_s:g} GB/s within the node"
-    return f"at plan.network_gbit_per_s={forecast.config.plan.network_gbit_per_s:g} a node"
+        return f"at {forecast.machine.gpu.link_gb_per_s:g} GB/s within the node"
+    return f"at plan.network_gbit_per_s={forecast.machine.network_gbit_per_s:g} a node"
 
 
 def _run(forecast: Forecast) -> Iterator[Row]:
@@ -156,62 +154,6 @@ def _run(forecast: Forecast) -> Iterator[Row]:
     yield "a checkpoint", f"{size:,.2f} GiB every {config.checkpoint.every:,} steps"
     yield "", f"training waits {saved.stall_s:.1f} s, then {saved.write_s:.1f} s in the background"
     yield "checkpoints on disk", f"{kept * size:,.2f} GiB (checkpoint.keep={kept})"
-
-
-def comparison_lines(config: Config, traced: TracedStep) -> Iterator[str]:
-    """Yield the lines of a table over ZeRO stages, activation checkpointing, micro batches."""
-    yield _line(("stage", "checkpointing", "micro batch", "peak GiB", "images/s", "days", "limit"))
-    for checkpointing in _checkpointing(config):
-        other = with_options(config, checkpointing=checkpointing)
-        if checkpointing != config.unet.gradient_checkpointing:
-            traced = trace_step(other)
-        for stage in _stages(config):
-            for micro_batch in _micro_batches(with_options(other, stage=stage), traced):
-                one = make_forecast(
-                    with_options(other, stage=stage, micro_batch=micro_batch), traced
-                )
-                yield _line(
-                    (
-                        str(stage),
-                        "on" if checkpointing else "off",
-                        str(micro_batch),
-                        f"{one.memory.peak / GIB:.1f}",
-                        f"{one.images_per_s:,.0f}",
-                        f"{one.days:.1f}",
-                        one.limit,
-                    )
-                )
-
-
-def _line(cells: Sequence[str]) -> str:
-    widths = (7, 15, 13, 10, 10, 9)
-    return "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False)) + (
-        f"  {cells[-1]}"
-    )
-
-
-def _checkpointing(config: Config) -> tuple[bool, ...]:
-    """Return the choices of activation checkpointing; the configured one is traced already."""
-    if not plan_step(config).checkpointing:
-        return (False,)
-    chosen = config.unet.gradient_checkpointing
-    return (chosen, not chosen)
-
-
-def _stages(config: Config) -> tuple[int, ...]:
-    """Return the ZeRO stages that allow the configured precision."""
-    return STAGES[1:] if config.train.precision is Precision.bf16 else STAGES
-
-
-def _micro_batches(config: Config, traced: TracedStep) -> list[int]:
-    """Return the largest divisors of a rank's samples that fit, and the next larger one."""
-    ranks = config.plan.nodes * config.plan.gpus_per_node
-    each = config.train.global_batch_size // ranks
-    divisors = [size for size in range(1, each + 1) if each % size == 0]
-    # gradient accumulation needs memory, too: a larger size may fit if a smaller one does not
-    fits = [make_forecast(with_options(config, micro_batch=size), traced).fits for size in divisors]
-    count = fits.index(False) if False in fits else len(divisors)
-    return divisors[max(0, count - MICRO_BATCHES) : count + 1]
 
 
 def _tera(flops: float) -> str:

@@ -12,7 +12,8 @@ The rules are those of DeepSpeed 0.19 with `trainer.engine.zero.deepspeed_config
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 
 from torch import nn
 
@@ -28,6 +29,7 @@ MAX_GATHERED_ELEMENTS = 1_000_000_000
 class Sizes:
     """Numbers of trained parameters."""
 
+    tensors: int
     total: int
     decayed: int
     """Parameters in the optimizer's larger group: matrices and kernels."""
@@ -37,6 +39,7 @@ class Sizes:
         """Count the trained parameters of a module."""
         trained = [p for p in module.parameters() if p.requires_grad]
         return cls(
+            tensors=len(trained),
             total=sum(p.numel() for p in trained),
             decayed=sum(p.numel() for p in trained if p.dim() >= 2),
         )
@@ -233,6 +236,7 @@ def at_micro_batch(first: Trace, second: Trace, micro_batch: int) -> Trace:
     return Trace(
         micro_batch=micro_batch,
         flops=line(first.flops, second.flops),
+        operators=line(first.operators, second.operators),
         stretches=tuple(
             Stretch(
                 line(low.peak_bytes, high.peak_bytes),
@@ -245,18 +249,20 @@ def at_micro_batch(first: Trace, second: Trace, micro_batch: int) -> Trace:
 
 
 def largest_micro_batch(
-    first: Trace, second: Trace, sizes: Sizes, layout: Layout, limit_bytes: float
+    first: Trace, second: Trace, sizes: Sizes, layout: Layout, limit_bytes: float, *, samples: int
 ) -> int:
-    """Return the largest micro batch that fits into limit_bytes; 0 if none fits."""
+    """Return the largest micro batch that divides a rank's samples and fits; 0 if none fits.
 
-    def fits(micro_batch: int) -> bool:
-        memory = predict(at_micro_batch(first, second, micro_batch), sizes, layout)
-        return memory.peak <= limit_bytes
+    layout: its number of micro batches does not count. samples: of a rank in an optimizer step.
+    """
+    for micro_batch in reversed(divisors(samples)):
+        one = replace(layout, grad_accum_steps=samples // micro_batch)
+        if predict(at_micro_batch(first, second, micro_batch), sizes, one).peak <= limit_bytes:
+            return micro_batch
+    return 0
 
-    low, high = 0, 1
-    while fits(high) and high < 2**20:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors, in order."""
+    low = [one for one in range(1, isqrt(number) + 1) if number % one == 0]
+    return sorted({*low, *(number // one for one in low)})

@@ -41,6 +41,8 @@ class Trace:
     micro_batch: int
     flops: int
     """Multiplications and additions of matrix products, with recomputation."""
+    operators: int
+    """Operators that compute or copy: those which a GPU launches."""
     stretches: tuple[Stretch, ...]
 
     @property
@@ -85,7 +87,7 @@ def trace(module: nn.Module, loss: Callable[[], Tensor], micro_batch: int) -> Tr
     for hook in hooks:
         hook.remove()
     module.zero_grad()
-    return Trace(micro_batch, alive.flops, (*stretches, alive.stretch(0)))
+    return Trace(micro_batch, alive.flops, alive.operators, (*stretches, alive.stretch(0)))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -100,6 +102,7 @@ class LiveBytes(TorchDispatchMode):
         self._bytes = 0
         self._peak_bytes = 0
         self.flops = 0
+        self.operators = 0
 
     def __torch_dispatch__(
         self,
@@ -111,6 +114,7 @@ class LiveBytes(TorchDispatchMode):
         """Run the operator and count its results."""
         made = func(*args, **(kwargs or {}))
         self.flops += flops_of(func, args, kwargs or {}, made)
+        self.operators += _launches(func)
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
@@ -143,6 +147,11 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int) -> None:
         self._known.discard(key)
         self._bytes -= self._sizes.pop(key, 0)
+
+
+def _launches(func: Any) -> bool:
+    """Return whether the operator computes or copies; views, allocations and questions do not."""
+    return func.namespace == "aten" and not func.is_view and not func.__name__.startswith("empty")
 
 
 def _key(tensor: Tensor) -> int:

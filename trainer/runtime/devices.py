@@ -1,5 +1,6 @@
 """GPUs and their peak rates, from the table conf/gpus.yaml."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,18 @@ from trainer.config.gpus import gpu_table
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU: an entry of `cards` in conf/gpus.yaml; rates are peaks."""
+    """A GPU: an entry of `cards` in conf/gpus.yaml; rates are peaks but for copies and mfu."""
 
     memory_gib: float
     bf16_tflops: float
     fp32_tflops: float
     memory_gb_per_s: float
     link_gb_per_s: float
+    nic_gbit_per_s: float
+    pinned_gb_per_s: float
+    pageable_gb_per_s: float
+    mfu: Mapping[str, float]
+    """Class of software → share of the peak that products reach."""
 
 
 def find_gpu(name: str) -> Gpu:
@@ -25,6 +31,14 @@ def find_gpu(name: str) -> Gpu:
     table = gpu_table()
     card: dict[str, Any] = dict(table["cards"][name])
     return Gpu(bf16_tflops=table["bf16_tflops"][card.pop("name")], **card)
+
+
+def launch_s(software: str) -> float:
+    """Return the seconds of an operator beside its products.
+
+    software: a class of `launch_us` in conf/gpus.yaml.
+    """
+    return gpu_table()["launch_us"][software] / 1e6
 
 
 def bf16_flops_per_s(device_name: str) -> float | None:

@@ -296,10 +296,10 @@ def test_stage_3_hides_communication_behind_products() -> None:
 
 
 TRACES = (
-    Trace(2, 10, (Stretch(2_000_000, 1_000_000, 600), Stretch(1_500_000, 0, 400))),
-    Trace(4, 20, (Stretch(3_000_000, 2_000_000, 600), Stretch(2_500_000, 0, 400))),
+    Trace(2, 10, 5, (Stretch(2_000_000, 1_000_000, 600), Stretch(1_500_000, 0, 400))),
+    Trace(4, 20, 5, (Stretch(3_000_000, 2_000_000, 600), Stretch(2_500_000, 0, 400))),
 )
-SIZES = Sizes(total=1000, decayed=900)
+SIZES = Sizes(tensors=2, total=1000, decayed=900)
 
 
 @given(
