@@ -1,8 +1,8 @@
 """Hold the plan against published throughputs: `python -m docs.compare_published`.
 
-Writes the tables of docs/planning.md from docs/published.yaml. One number is fitted for a card and a
-class of software, `mfu` of conf/gpus.yaml; each row is predicted with the fit to the other rows
-of its card and class. `launch_us` is one number a class of software, fitted to all its rows.
+Writes the tables of docs/planning.md from docs/published.yaml. One number is fitted for each card
+and class of software: `mfu` of conf/gpus.yaml. A row is predicted with the fit to the other rows of
+its card and class. `launch_us` is one number for a class of software, fitted to all its rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,6 +137,7 @@ def work_of(row: Row, networks: Mapping[int, Network]) -> Work:
         flops=flops * each,
         operators=network.trace.operators + software["more_operators"],
         optimizer_operators=software["optimizer_operators"],
+        unfused_bytes=software["unfused_bytes"],
         parameters=network.sizes.total,
         weight_bytes=software["reduced_bytes"],
         grad_accum_steps=each // row.micro_batch,

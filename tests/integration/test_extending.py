@@ -22,8 +22,9 @@ from trainer.cli import load_config
 from trainer.evaluate.job import evaluate
 from trainer.export.job import export
 from trainer.pipeline import Pipeline
+from trainer.plan.comparison import comparison_lines
 from trainer.plan.forecast import trace_step
-from trainer.plan.job import comparison_lines, plan
+from trainer.plan.job import plan
 from trainer.report.job import report
 from trainer.runs.history import read_run
 from trainer.train.loop import fit

@@ -24,6 +24,9 @@ infinities, norm, copies between tensors, bucket and flat partition, scale, upda
 ADAM_BYTES = 28
 """Bytes of fused AdamW for a parameter: it reads weight, gradient and two moments in fp32, and
 writes all but the gradient."""
+GATHER_OPERATORS = 3
+"""Operators of stage 3 for each tensor in a micro batch: gathers for the forward and the backward
+pass, and a scatter of the gradient."""
 AVERAGE_BYTES = 12
 """Bytes of an average for a parameter: it reads weight and average in fp32, writes the average."""
 FLAT_BYTES = 50
@@ -50,6 +53,8 @@ class Work:
     averages: int
     read_bytes: int
     """Bytes of the samples of all ranks."""
+    unfused_bytes: int = 0
+    """Bytes that the optimizer moves for a parameter beside those of fused operators."""
     overlaps: bool
     """Whether collectives run beside the products of forward and backward passes."""
     offload: bool = False
@@ -109,8 +114,9 @@ def optimizer_s(machine: Machine, work: Work) -> float:
     """Return the seconds of the optimizer's step and of the averages."""
     share = work.parameters / (1 if work.stage == 0 else machine.ranks)
     flat = FLAT_BYTES if work.stage or work.weight_bytes < FP32 else 0
-    touched = share * (ADAM_BYTES + flat + AVERAGE_BYTES * work.averages)
-    launches_s = work.optimizer_operators * launch_s("eager")
+    each = ADAM_BYTES + flat + AVERAGE_BYTES * work.averages + work.unfused_bytes
+    touched = share * each
+    launches_s = work.optimizer_operators * launch_s("loop")
     if not work.offload:
         return launches_s + touched / (machine.gpu.memory_gb_per_s * GB)
     # gradients go to the host, and weights come back, through pinned buffers

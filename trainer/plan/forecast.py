@@ -11,8 +11,10 @@ from models.layers.blocks import use_attention
 from trainer.checks import grad_accum_steps
 from trainer.config import Config, Precision
 from trainer.engine.averages import averages
+from trainer.engine.buckets import gradient_buckets
 from trainer.plan.costs import (
     DEEPSPEED_OPERATORS,
+    GATHER_OPERATORS,
     GIB,
     CheckpointCost,
     StepTime,
@@ -220,18 +222,21 @@ def make_forecast(config: Config, traced: TracedStep) -> Forecast:
 def work_of(config: Config, traced: TracedStep, layout: Layout) -> Work:
     """Return the work of a rank in an optimizer step of this layout."""
     batch, stage = config.train.global_batch_size, layout.stage
+    gathers = GATHER_OPERATORS * traced.sizes.tensors
+    buckets = gradient_buckets(
+        traced.sizes.total, stage=stage, ranks=layout.ranks, offload=layout.offload
+    )
     return Work(
         stage=stage,
         flops=traced.flops_per_image * (batch // layout.ranks),
-        operators=traced.traces[0].operators,
+        operators=traced.traces[0].operators + (gathers if stage == 3 else 0),
         optimizer_operators=DEEPSPEED_OPERATORS * traced.sizes.tensors if stage else 0,
         parameters=traced.sizes.total,
         weight_bytes=layout.weight_bytes,
         grad_accum_steps=layout.grad_accum_steps,
         averages=layout.averages,
         read_bytes=batch * traced.step.sample_bytes,
-        # DeepSpeed's default
-        overlaps=stage == 3,
+        overlaps=buckets.overlaps,
         offload=layout.offload,
     )
 
