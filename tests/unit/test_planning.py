@@ -1,4 +1,4 @@
-"""docs/planning.md: its tables are those of the code, its constants are fitted to published rows."""
+"""docs/planning.md: its tables are those of the code, its constants fitted to published rows."""
 
 import pytest
 

@@ -160,7 +160,7 @@ def test_counts_storages_once_and_forgets_them_when_they_die() -> None:
 
 def table_of(printed: str) -> list[list[str]]:
     """The rows of plan.compare, without the head."""
-    _, _, table = printed.partition("stage  checkpointing")
+    _, _, table = printed.rpartition("stage  checkpointing")
     return [line.split() for line in table.splitlines()[1:]]
 
 
@@ -186,7 +186,7 @@ def test_every_experiment_has_a_plan_and_a_comparison(
 
 
 def test_says_what_limits() -> None:
-    config = small("emoji", "plan.gpus_per_node=2")
+    config = small("emoji", "plan.gpus_per_node=2", "train.micro_batch_size=1")
     traced = trace_step(config)
     slow = {
         "store": {"store_gib_per_s": 1e-9},
