@@ -4,23 +4,16 @@ import json
 from pathlib import Path
 
 from trainer.config import Config
-from trainer.plan.costs import Work, ring_bytes
-from trainer.plan.forecast import layout_of, trace_step
+from trainer.plan.costs import ring_bytes
+from trainer.plan.forecast import layout_of, trace_step, work_of
 
 
 def planned_bytes(config: Config, ranks: int) -> float:
     """The bytes that a rank sends in a step, by the plan."""
     traced = trace_step(config, device="cpu")
     layout = layout_of(config, traced, ranks=ranks)
-    work = Work(
-        flops=0.0,
-        parameters=traced.sizes.total,
-        weight_bytes=layout.weight_bytes,
-        grad_accum_steps=layout.grad_accum_steps,
-        averages=layout.averages,
-        read_bytes=0,
-    )
-    return ring_bytes(config.deepspeed.stage, work) * (ranks - 1) / ranks
+    work = work_of(config, traced, layout)
+    return ring_bytes(work.stage, work) * (ranks - 1) / ranks
 
 
 def sent_bytes(file: Path, ranks: int) -> list[list[dict[str, int]]]:

@@ -12,37 +12,24 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.first_stage.autoencoder import Autoencoder, build_autoencoder
-from models.first_stage.memory import activation_bytes
 from models.layers.attention import Backend, reference_attention, sdpa_attention
 from models.layers.blocks import Attention, use_attention
-from tests.support.workshop import NETWORKS, RUN
+from tests.support.plans import small
 from trainer.cli import load_config
-from trainer.config import Config
 from trainer.plan.comparison import better_forecast, better_lines
 from trainer.plan.costs import (
     CheckpointCost,
     StepTime,
-    Work,
     checkpoint_cost,
-    optimizer_s,
-    ring_bytes,
-    step_time,
 )
 from trainer.plan.forecast import make_forecast, trace_step
 from trainer.plan.job import plan, summary_lines
 from trainer.plan.machine import machine_of
 from trainer.plan.memory import Layout, Sizes, at_micro_batch, largest_micro_batch, predict
-from trainer.plan.tracing import LiveBytes, Stretch, Trace, fake_mode, fake_module, trace
-from trainer.runtime.devices import find_gpu
+from trainer.plan.tracing import Stretch, Trace, fake_mode, fake_module, trace
 from trainer.train.tasks import plan_step
 
 EXPERIMENTS = sorted(path.stem for path in Path("conf/experiment").glob("*.yaml"))
-ONE_GPU = ["plan.gpus_per_node=1"]
-
-
-def small(experiment: str, *more: str) -> Config:
-    return load_config([f"+experiment={experiment}", *NETWORKS, *RUN, *ONE_GPU, *more])
 
 
 @pytest.mark.parametrize(
@@ -240,75 +227,6 @@ def test_a_checkpoint_has_weights_moments_and_one_average() -> None:
     assert cost.write_s == pytest.approx(16e9 / (config.plan.store_gib_per_s * 2**30))
 
 
-def work(stage: int, *, times: int = 1, overlaps: bool = False, weight_bytes: int = 2) -> Work:
-    """The work of 10^9 parameters in `times` micro batches, without launches."""
-    return Work(
-        stage=stage,
-        flops=1e15,
-        operators=0,
-        optimizer_operators=0,
-        parameters=10**9,
-        weight_bytes=weight_bytes,
-        grad_accum_steps=times,
-        averages=1,
-        read_bytes=0,
-        overlaps=overlaps,
-    )
-
-
-def test_collectives_move_what_rings_do() -> None:
-    config = small("emoji", "plan.nodes=4", "plan.gpus_per_node=1", "plan.network_gbit_per_s=80")
-    # four ranks all-reduce 10 GB over 10 GB/s, of which collectives reach 0.8: 2 x 3/4 x 10 GB
-    assert machine_of(config).ring_s(2 * 10e9) == pytest.approx(1.5 / 0.8)
-    assert [ring_bytes(stage, work(stage, times=3)) for stage in (1, 2, 3)] == [6e9, 14e9, 18e9]
-    alone = replace(config, plan=replace(config.plan, nodes=1))
-    assert machine_of(alone).ring_s(1e9) == 0
-
-
-def test_the_optimizer_moves_ninety_bytes_for_a_parameter_as_deepspeed_does_it() -> None:
-    machine = machine_of(small("emoji"))
-    whole = optimizer_s(machine, work(1)) * machine.gpu.memory_gb_per_s
-    assert whole == pytest.approx(90)  # GB, for 10^9 parameters
-    # fp32 without DeepSpeed's partitions: AdamW reads 16 bytes and writes 12, the average 12
-    plain = optimizer_s(machine, work(0, weight_bytes=4)) * machine.gpu.memory_gb_per_s
-    assert plain == pytest.approx(40)
-
-
-def test_launches_floor_the_time_of_small_micro_batches() -> None:
-    config = small("emoji")
-    machine = machine_of(config)
-    many = replace(work(1, times=3), operators=1000)
-    time = step_time(machine, many, store_gib_per_s=1)
-    assert time.launch_s == pytest.approx(3 * 1000 * machine.launch_s)
-    none = step_time(machine, work(1, times=3), store_gib_per_s=1)
-    assert time.total_s - none.total_s == pytest.approx(time.launch_s)
-
-
-def test_cards_and_software_have_their_own_rates() -> None:
-    config = small("emoji", "plan.gpu=h100_80gb", "train.precision=bf16", "deepspeed.stage=1")
-    eager = machine_of(config)
-    compiled = machine_of(replace(config, train=replace(config.train, compile=True)))
-    assert eager.mfu < compiled.mfu
-    assert eager.launch_s > compiled.launch_s
-    chosen = machine_of(replace(config, plan=replace(config.plan, mfu=0.5, gpus_per_node=8)))
-    assert chosen.mfu == 0.5
-    # a DGX H100 has eight ports of 400 Gbit/s
-    assert chosen.network_gbit_per_s == 3200
-
-
-def test_offloading_moves_the_optimizer_to_the_host() -> None:
-    config = small("emoji", "deepspeed.stage=2")
-    traced = trace_step(config)
-    kept = make_forecast(config, traced)
-    away = replace(config, deepspeed=replace(config.deepspeed, offload_optimizer=True))
-    offloaded = make_forecast(away, traced)
-    moved = kept.memory.optimizer + kept.memory.ema
-    assert offloaded.memory.peak == kept.memory.peak - moved
-    # master weights, two moments, one average and the gradient
-    assert offloaded.memory.host == 4 * traced.sizes.total * 5
-    assert offloaded.time.optimizer_s > kept.time.optimizer_s
-
-
 def test_samples_are_as_large_as_their_tensors_and_little_more() -> None:
     config = load_config(["+experiment=laion_512"])
     moments = 2 * 4 * 64 * 64 * 2
@@ -317,26 +235,6 @@ def test_samples_are_as_large_as_their_tensors_and_little_more() -> None:
     stored = load_config(["+experiment=laion_512", "data.store_text=true"])
     text = 77 * 1024 * 2
     assert text < plan_step(stored).sample_bytes - plain < text + 1024
-
-
-@pytest.mark.parametrize(
-    ("stage", "reduced_gb", "passes"),
-    # stages 0 and 1 reduce once, in the last backward pass; 2 in each; 3 beside all passes
-    [(0, 4, 2 / 3 / 3), (1, 4, 2 / 3 / 3), (2, 12, 2 / 3), (3, 18, 1)],
-)
-@pytest.mark.parametrize("gbit_per_s", [8.0, 8e5])
-def test_communication_hides_behind_the_passes_it_runs_beside(
-    stage: int, reduced_gb: float, passes: float, gbit_per_s: float
-) -> None:
-    config = small("emoji", "plan.nodes=2", f"plan.network_gbit_per_s={gbit_per_s}")
-    machine = machine_of(config)
-    time = step_time(machine, work(stage, times=3, overlaps=True), store_gib_per_s=1)
-    reduced_s = machine.ring_s(reduced_gb * 1e9)
-    assert time.hidden_s == pytest.approx(min(reduced_s, passes * time.compute_s))
-    shown = time.communication_s - time.hidden_s
-    assert time.total_s == pytest.approx(time.compute_s + shown + time.optimizer_s)
-    apart = step_time(machine, work(stage, times=3), store_gib_per_s=1)
-    assert apart.hidden_s == 0
 
 
 TRACES = (
@@ -435,64 +333,3 @@ def test_a_text_encoder_takes_memory_in_its_precision_if_it_runs(option: str, wi
     frozen = plan_step(load_config(["+experiment=laion_512", option])).frozen
     assert frozen.bytes == 354_032_641 * width
     assert bool(frozen.flops_per_image) == bool(width)
-
-
-EVALUATED = ["eval.every=10", "eval.num_samples=16", "eval.batch_size=8", "sampler.steps=5"]
-
-
-def test_an_evaluation_costs_what_is_counted_by_hand() -> None:
-    config = small("emoji", *EVALUATED, "sampler.guidance_scale=3", "train.max_steps=100")
-    traced = trace_step(config, device="cpu")
-    forecast = make_forecast(config, traced)
-    evaluation, found = forecast.evaluation, traced.evaluation
-    assert evaluation is not None
-    assert found is not None
-    module = traced.step.build_module()
-    use_attention(module, reference_attention)  # torch counts no kernel of a CPU
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        traced.step.loss(module, 3)
-    assert found.forward_flops == counter.get_total_flops() / 3
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        build_autoencoder(config.autoencoder).decode(torch.empty(1, 4, 8, 8))
-    assert found.decoding_flops == counter.get_total_flops()
-    # 16 images, 5 steps, with and without the condition; this peak is that of fp32
-    work = 16 * (5 * 2 * found.forward_flops + found.decoding_flops)
-    rate = forecast.gpu.fp32_tflops * 1e12 * config.plan.mfu
-    assert evaluation.seconds == pytest.approx(work / rate)
-    memory, weights = forecast.memory, 4 * traced.sizes.total
-    state = memory.weights + memory.optimizer + memory.ema + weights + found.frozen_bytes
-    decoding = 8 * 3 * 16 * 16**2 * 4  # the lowest level's channels at half the resolution
-    assert evaluation.phase == "drawing"
-    assert evaluation.peak_bytes == pytest.approx(state + 8 * 2 * found.forward_bytes, rel=1e-6)
-    assert 8 * 2 * found.forward_bytes > decoding
-    without = replace(forecast, evaluation=None)
-    assert (forecast.days - without.days) * 86_400 == pytest.approx(11 * evaluation.seconds)
-
-
-def test_an_evaluation_that_does_not_fit_is_said() -> None:
-    config = small("emoji", *EVALUATED)
-    forecast = make_forecast(config, trace_step(config, device="cpu"))
-    assert forecast.evaluation is not None
-    assert forecast.fits
-    short = replace(forecast, limit_bytes=forecast.memory.peak)
-    assert not replace(short, evaluation=replace(forecast.evaluation, peak_bytes=10**15)).fits
-    assert replace(short, evaluation=None).fits
-    (line,) = (line for line in summary_lines(forecast) if "an evaluation" in line)
-    assert "GiB at its peak, drawing" in line
-
-
-@pytest.mark.parametrize("experiment", ["laion_512", "churches_256", "emoji"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_a_first_stage_is_that_of_a_trace(experiment: str, dtype: torch.dtype) -> None:
-    config = load_config([f"+experiment={experiment}"])
-    stage, pixels = config.autoencoder, config.data.image_size
-    side, mode = pixels // stage.downsample_factor, fake_mode()
-    module = fake_module(lambda: build_autoencoder(stage), dtype, mode).eval()
-    assert isinstance(module, Autoencoder)
-    bound = activation_bytes(stage, pixels, dtype.itemsize)
-    with mode, torch.no_grad(), LiveBytes(module) as decoding:
-        module.decode(torch.empty(2, stage.latent_channels, side, side, dtype=dtype))
-    assert 0.6 * bound < decoding.stretch(0).peak_bytes / 2 < 1.01 * bound
-    with mode, torch.no_grad(), LiveBytes(module) as encoding:
-        module.encode(torch.empty(2, 3, pixels, pixels, dtype=dtype))
-    assert encoding.stretch(0).peak_bytes / 2 < 1.01 * bound
