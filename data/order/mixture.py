@@ -12,7 +12,7 @@ from typing_extensions import override
 from data.order.batches import check_batch
 from data.order.lanes import LanePlan, without_repeats
 from data.order.plan import Plan
-from data.shards.manifest import Ids, Kind, LatentInfo, Manifest, ManifestError
+from data.shards.manifest import ANNOTATED, Ids, Kind, LatentInfo, Manifest, ManifestError
 from data.storage.files import local_path
 
 
@@ -39,9 +39,13 @@ def join_latents(
         for shard in manifest.shards
     ]
     latents = _mix(folders, [manifest.latents for manifest in manifests], weights)
-    same = all(manifest.classes == manifests[0].classes for manifest in manifests)
-    classes = manifests[0].classes if same else []
-    joined = Manifest(kind=Kind.latents, shards=shards, classes=classes, latents=latents)
+    names = {
+        entry: getattr(manifests[0], entry)
+        for entry in ("classes", *ANNOTATED)
+        if all(getattr(one, entry) == getattr(manifests[0], entry) for one in manifests)
+    }
+    size = manifests[0].image_size
+    joined = Manifest(kind=Kind.latents, shards=shards, image_size=size, latents=latents, **names)
     return base or "/", joined
 
 

@@ -28,8 +28,17 @@ from data.text import is_unicode
 
 IMAGE_EXTENSIONS = tuple(FORMATS)
 CAPTION_EXTENSIONS = ("txt", "cls")
+ANNOTATION_EXTENSIONS = MAP, BOXES = "map.png", "boxes.json"
 ARRAY_EXTENSIONS = ("moments.npy", "flip.moments.npy", "text.npy")
-EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, *ARRAY_EXTENSIONS, "json"))
+EXTENSIONS = frozenset(
+    (
+        *IMAGE_EXTENSIONS,
+        *CAPTION_EXTENSIONS,
+        *ANNOTATION_EXTENSIONS,
+        *ARRAY_EXTENSIONS,
+        "json",
+    )
+)
 """The only members that are read."""
 
 MAX_IMAGE_BYTES = 2**28
@@ -124,6 +133,20 @@ def decode_image(
         turn = TURNS.get(_orientation(image, noted))
         colours = to_srgb(image, pixels.background, noted)
         return colours if turn is None else colours.transpose(turn)
+
+
+def decode_plain(payload: Buffer, *modes: str) -> Image.Image:
+    """Decode a PNG as it lies, without a conversion of its colours.
+
+    modes: Pillow's names of the modes that it may have.
+    Raises: BadSampleError where it has another mode, is damaged, over MAX_PIXELS, or is no PNG.
+    """
+    with _opened(payload) as image:
+        if image.format != "PNG" or image.mode not in modes:
+            found = f"{image.format} of mode {image.mode}"
+            raise BadSampleError(f"image is {found}, not PNG of mode {' or '.join(modes)}")
+        image.load()
+        return image
 
 
 def _completed(payload: Buffer, pixels: PixelConfig, noted: Counter[str]) -> Image.Image:

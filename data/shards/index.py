@@ -189,6 +189,17 @@ def _tabulate(samples: Samples) -> np.ndarray:
     return index
 
 
+def member_of(content: Content, sample: np.void, extension: str) -> Buffer | None:
+    """Return the bytes of a member; None if the sample has none.
+
+    content: the shard. sample: a row of its index.
+    """
+    if extension not in (sample.dtype.names or ()):
+        return None
+    offset, size, _ = sample[extension].item()
+    return content[offset : offset + size] if offset else None
+
+
 def decode_index(payload: bytes) -> np.ndarray:
     """View the bytes of a saved index as [samples], without a copy.
 

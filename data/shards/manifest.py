@@ -32,7 +32,9 @@ MAX_LATENT_VALUES = 2**26
 MAX_STATISTIC = 1e6
 """Largest mean and standard deviation of latents; the inverse is the smallest deviation."""
 
-LATER_ENTRIES: dict[str, Any] = {"noted": {}, "classes": []}
+ANNOTATED = ("map_classes", "box_classes")
+"""Entries of manifests whose samples have annotations; others lack them."""
+LATER_ENTRIES: dict[str, Any] = {"noted": {}, "classes": [], "map_classes": [], "box_classes": []}
 """Entries that manifests of 0.1.0 lack, empty."""
 
 Ids = NDArray[np.int64]
@@ -170,6 +172,10 @@ class Manifest:
     """Everything that was found and is in no shard, by reason, with examples."""
     classes: list[str] = field(default_factory=list[str])
     """Names of the classes, by number; empty: the samples have none, or classes without names."""
+    map_classes: list[str] = field(default_factory=list[str])
+    """Names of the classes of the label maps, by number; empty: the samples have no maps."""
+    box_classes: list[str] = field(default_factory=list[str])
+    """Labels of the boxes; empty: the samples have none."""
     downloads: dict[str, int] = field(default_factory=dict[str, int])
     """img2dataset's counts of images tried, fetched and failed."""
     source: str = ""
@@ -188,9 +194,14 @@ class Manifest:
     def facts(self) -> dict[str, Any]:
         """What a run keeps of the data set, as JSON values."""
         names = ("left_out", "noted", "classes")
-        document = asdict(self)
-        account = {name: document[name] for name in names}
+        document = self._document()
+        account = {name: document[name] for name in (*names, *ANNOTATED) if name in document}
         return {"found": self.found, "samples": self.samples, **account}
+
+    def _document(self) -> dict[str, Any]:
+        """Return the entries; those of annotations only where there are some."""
+        document = asdict(self)
+        return {name: value for name, value in document.items() if value or name not in ANNOTATED}
 
     @property
     def found(self) -> int:
@@ -241,7 +252,7 @@ class Manifest:
         Raises: OSError where a file cannot be written.
         """
         write_atomic(folder / REJECTED_NAME, encode_ledger(rejected))
-        document = {"version": VERSION, "hash": self.hash, **asdict(self)}
+        document = {"version": VERSION, "hash": self.hash, **self._document()}
         filters = [{**asdict(one), "rule": redact(one.rule)} for one in self.filters]
         # these can repeat options
         document |= {"base": redact(self.base), "licence": redact(self.licence), "filters": filters}

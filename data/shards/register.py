@@ -20,16 +20,16 @@ import numpy as np
 from data import read_ahead
 from data.config import FilterConfig
 from data.shards.account import Fate, LeftOut, Tally
+from data.shards.annotations import NO_ANNOTATIONS, AnnotationRule, check_samples
 from data.shards.captions import PLAIN_CAPTIONS, CaptionRule
 from data.shards.codecs import (
     IMAGE_EXTENSIONS,
     MAX_ARRAY_BYTES,
     BadSampleError,
-    Buffer,
     encode_npy,
 )
 from data.shards.filters import first_to_drop, rule_text
-from data.shards.index import index_shard
+from data.shards.index import index_shard, member_of
 from data.shards.manifest import Kind, Rejected, Shard
 from data.shards.metadata import Rows, SampleFields, parquet_beside, read_download_counts
 from data.shards.splits import draws_of
@@ -68,12 +68,15 @@ class Selection:
     captions: CaptionRule = PLAIN_CAPTIONS
     empty_captions: bool = True
     """Whether a sample whose caption has no byte is taken."""
+    annotations: AnnotationRule = NO_ANNOTATIONS
 
     def identity(self) -> list[Any]:
         """Return what decides the samples, as JSON values."""
         parts = [[part.start, part.stop] for part in self.parts]
         rules = [asdict(rule) for rule in self.rules]
-        return [parts, rules, asdict(self.captions), self.empty_captions]
+        # an option that came later counts where it is set: earlier receipts lack it
+        annotations = [] if self.annotations == NO_ANNOTATIONS else [asdict(self.annotations)]
+        return [parts, rules, asdict(self.captions), self.empty_captions, *annotations]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,10 @@ class Registered:
     """What of the tar is not in the index, by reason."""
     edges: list[str] = field(default_factory=list[str])
     """Keys of the tar's first and last sample; empty if it has none."""
+    box_classes: list[str] = field(default_factory=list[str])
+    """Labels of the boxes in the tar."""
+    map_classes: int = 0
+    """One more than the largest label in the maps of the tar."""
 
 
 def state_of(tar: str, rules: Sequence[FilterConfig]) -> str:
@@ -121,11 +128,16 @@ def state_of(tar: str, rules: Sequence[FilterConfig]) -> str:
     return f"{fingerprint(tar)} {parquet}".strip()
 
 
-def required_members(kind: Kind, captions: CaptionRule = PLAIN_CAPTIONS) -> list[Sequence[str]]:
+def required_members(
+    kind: Kind,
+    captions: CaptionRule = PLAIN_CAPTIONS,
+    annotations: AnnotationRule = NO_ANNOTATIONS,
+) -> list[Sequence[str]]:
     """Return groups of members; a complete sample has at least one member of each group."""
     if kind is Kind.latents:
         return [("moments.npy",)]
-    return [IMAGE_EXTENSIONS, captions.members] if captions.required else [IMAGE_EXTENSIONS]
+    texts = [captions.members] if captions.required else []
+    return [IMAGE_EXTENSIONS, *texts, *((name,) for name in annotations.members)]
 
 
 def register_shard(folder: Path, name: str, kind: Kind) -> Registered:
@@ -153,14 +165,15 @@ def register_parts(name: str, kind: Kind, base: str, selection: Selection) -> li
     buffer = open_file(location, scratch=selection.parts[0].folder)
     refuse_compressed(location, buffer[:8])
     tally, edges = Tally(), list[str]()
-    required = required_members(kind, selection.captions)
+    required = required_members(kind, selection.captions, selection.annotations)
     index, rejected = index_shard(buffer, required, tally, edges)
     uncaptioned: list[Rejected] = []
     if not selection.empty_captions:
         index, uncaptioned = _without_empty_captions(index, selection.captions)
+    index, wrong, classes = check_samples(buffer, index, selection.annotations)
     rows = Rows.beside(location, selection.rules)
     rows.check(index["key"])
-    filtering = _Filter(buffer, rows, selection, rejected + uncaptioned)
+    filtering = _Filter(buffer, rows, selection, rejected + uncaptioned + wrong)
     where = draws_of(index)
     digest = sha256_of(buffer)
     found: list[Registered] = []
@@ -182,7 +195,14 @@ def register_parts(name: str, kind: Kind, base: str, selection: Selection) -> li
         tally.add(Fate.rejected if item.key else Fate.damaged, item.reason, item.key or name)
     tally.merge(found[0].left_out)
     rejected = [replace(item, shard=name) for item in filtering.rejected]
-    found[0] = replace(found[0], rejected=rejected, left_out=tally.entries(), edges=edges)
+    found[0] = replace(
+        found[0],
+        rejected=rejected,
+        left_out=tally.entries(),
+        edges=edges,
+        box_classes=sorted(classes.boxes),
+        map_classes=classes.maps,
+    )
     return found
 
 
@@ -282,6 +302,8 @@ def _read_receipt(tar: Tar, selection: Selection, identity: str) -> list[Registe
                 downloads=entry["downloads"],
                 left_out=[LeftOut(**item) for item in entry["left_out"]],
                 edges=entry["edges"],
+                box_classes=entry["box_classes"],
+                map_classes=entry["map_classes"],
             )
             path = part.folder / one.shard.index_name
             index = read_file(path, limit=MAX_ARRAY_BYTES, below=part.folder)
@@ -321,7 +343,7 @@ class _Filter:
         kept = np.ones(len(index), bool)
         for number, sample in enumerate(index):
             key = sample["key"].decode()
-            member = partial(_member, self.payloads, sample)
+            member = partial(member_of, self.payloads, sample)
             fields = SampleFields(self.rows.of(key), member, self.selection.captions)
             try:
                 rule = first_to_drop(rules, fields)
@@ -334,13 +356,6 @@ class _Filter:
                 dropped[rule] += 1
                 tally.add(Fate.filtered, rule_text(rules[rule]), key)
         return _Filtered(index[kept], dropped, tally)
-
-
-def _member(payloads: Content, sample: np.void, extension: str) -> Buffer | None:
-    if extension not in (sample.dtype.names or ()):
-        return None
-    offset, size, _ = sample[extension].item()
-    return payloads[offset : offset + size] if offset else None
 
 
 def _count_downloads(tar: Tar, parts: Sequence[Registered]) -> Registered:

@@ -1,6 +1,5 @@
 """Read samples from open shards, one by one or as a batch."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -8,20 +7,16 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from data.config import PixelConfig
 from data.shards.codecs import (
-    IMAGE_EXTENSIONS,
     MAX_ARRAY_BYTES,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     BadSampleError,
-    decode_image,
     decode_text,
     encode_npy,
 )
 from data.shards.index import MEMBER_DTYPE, crc32
 from data.shards.manifest import Ids, Rejected
-from data.shards.transforms import square
 from data.storage.local_file import LocalFile
 
 MAX_MEMBER_BYTES = max(MAX_ARRAY_BYTES, MAX_IMAGE_BYTES)
@@ -200,17 +195,3 @@ class StoredBatch:
             is_of_layout = bytes(header) == layout.header
             sound[place] = is_of_layout and crc32(values, layout.header_crc) == crcs[place]
         return np.array(sound, bool)
-
-
-def decode_square(
-    sample: StoredSample, size: int, pixels: PixelConfig, noted: Counter[str] | None = None
-) -> NDArray[np.uint8]:
-    """Decode the image of a sample, resized and cropped to a square: [size, size, 3] uint8.
-
-    pixels, noted: as in `decode_image`.
-    Raises: BadSampleError where the image is missing or damaged.
-    """
-    for extension in IMAGE_EXTENSIONS:
-        if sample.has(extension):
-            return square(decode_image(sample.payload(extension), pixels, noted), size)
-    raise BadSampleError("no image")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.config import DataConfig
+from data.shards.annotations import Box
 from data.shards.captions import mended, texts_of
 from data.shards.codecs import BYTE_ORDER_MARKS, BadSampleError
 from data.storage.documents import (
@@ -46,6 +47,8 @@ class Row:
     captions: list[str] = field(default_factory=list[str])
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     """The other columns, as JSON values; of several rows the first counts."""
+    boxes: list[Box] | None = None
+    """Boxes of COCO, in pixels; None: none are known."""
     noted: Counter[str] = field(default_factory=Counter[str])
     """Remarks on the captions; see `texts_of`."""
     problem: str = ""

@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from data.config import DataConfig
 from data.shards.account import Fate
+from data.shards.annotations import NO_ANNOTATIONS, AnnotationRule
 from data.shards.codecs import BadSampleError
 from data.sources.caption_tables import TABLES
 from data.sources.coco import is_annotation
@@ -64,10 +65,15 @@ class FolderFiles:
 
     roots: tuple[str, ...] = ("",)
 
-    def __init__(self, folder: Path, own: Iterable[Path] = ()) -> None:
-        """own: resolved paths of folders that are not entered; see `own_folders`."""
+    def __init__(
+        self,
+        folder: Path,
+        own: Iterable[Path] = (),
+        annotations: AnnotationRule = NO_ANNOTATIONS,
+    ) -> None:
+        """own: resolved paths of folders that are not entered. annotations: see `list_files`."""
         self.folder = folder
-        self.listing = list_files(folder, own)
+        self.listing = list_files(folder, own, annotations)
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -105,11 +111,18 @@ class ZipFiles:
     """The files in zips.
 
     place: the zip, or the folder of several, for messages. zips: root → zip. inside: folder in the
-    zips; empty: the only folder of each that holds more than pictures, or all.
+    zips; empty: the only folder of each that holds more than pictures, or all. annotations: those
+    that images need.
     Raises: as `ZipArchive`.
     """
 
-    def __init__(self, place: Path, zips: Mapping[str, Path], inside: str = "") -> None:
+    def __init__(
+        self,
+        place: Path,
+        zips: Mapping[str, Path],
+        inside: str = "",
+        annotations: AnnotationRule = NO_ANNOTATIONS,
+    ) -> None:
         self._place = place
         self.roots = tuple(zips)
         self._zips = zips
@@ -130,7 +143,7 @@ class ZipFiles:
                     self.listing.left_alone.add(Fate.left_alone, f"not in {top}", root + member)
             for folder in archive.folders:
                 self.listing.left_alone.add(Fate.left_alone, "entry of a folder", root + folder)
-        sort_files(sorted(self._places), self.listing, self.inner)
+        sort_files(sorted(self._places), self.listing, self.inner, annotations)
 
     def __str__(self) -> str:
         return str(self._place)
@@ -195,11 +208,11 @@ def _only_folder(archive: ZipArchive) -> str:
         top = inner
 
 
-def open_files(config: DataConfig) -> Files:
+def open_files(config: DataConfig, annotations: AnnotationRule = NO_ANNOTATIONS) -> Files:
     """Open the files at data.source.path: a folder, a zip, a folder in a zip, or several zips.
 
     A folder of zips without pictures beside them stands for the zips. Several are named by a
-    pattern, too: `parts/*.zip`.
+    pattern, too: `parts/*.zip`. annotations: those that images need.
     Raises: FileNotFoundError where there is nothing of this; ValueError where a zip is damaged, or
     the source lies in a folder of the experiment's own data.
     """
@@ -207,10 +220,10 @@ def open_files(config: DataConfig) -> Files:
     place = Path(path)
     folder = None
     if path and place.is_dir():
-        folder = FolderFiles(place, own_folders(config, place))
+        folder = FolderFiles(place, own_folders(config, place), annotations)
         if folder.listing.images:
             return folder
-    zips = open_zips(path)
+    zips = open_zips(path, annotations)
     if zips is None:
         if folder is None:
             raise FileNotFoundError(
@@ -226,21 +239,22 @@ def open_files(config: DataConfig) -> Files:
     return zips
 
 
-def open_zips(path: str) -> ZipFiles | None:
+def open_zips(path: str, annotations: AnnotationRule = NO_ANNOTATIONS) -> ZipFiles | None:
     """Open a zip, a folder in a zip, the zips of a folder or of a pattern; None if there is none.
 
+    annotations: those that images need.
     Raises: ValueError where a zip is damaged.
     """
     place = Path(path)
     if path and place.is_dir():
-        return _several(place, place.rglob("*"))
+        return _several(place, place.rglob("*"), annotations)
     for outer in (place, *place.parents):
         if _is_zip(outer):
             inside = place.relative_to(outer).as_posix()
-            return ZipFiles(outer, {"": outer}, "" if inside == "." else inside)
+            return ZipFiles(outer, {"": outer}, "" if inside == "." else inside, annotations)
     found = find_pattern(place)
     base = os.path.commonpath([one.parent for one in found]) if found else ""
-    return _several(Path(base), found)
+    return _several(Path(base), found, annotations)
 
 
 def find_pattern(place: Path) -> list[Path]:
@@ -251,11 +265,14 @@ def find_pattern(place: Path) -> list[Path]:
     return sorted(one for one in anchor.glob(str(place.relative_to(anchor))) if one.is_file())
 
 
-def _several(base: Path, paths: Iterable[Path]) -> ZipFiles | None:
+def _several(base: Path, paths: Iterable[Path], annotations: AnnotationRule) -> ZipFiles | None:
     zips = sorted(filter(_is_zip, paths))
-    if len(zips) < 2:
-        return ZipFiles(zips[0], {"": zips[0]}) if zips else None
-    return ZipFiles(base, {f"{one.relative_to(base).as_posix()}/": one for one in zips})
+    if not zips:
+        return None
+    if len(zips) == 1:
+        return ZipFiles(zips[0], {"": zips[0]}, annotations=annotations)
+    named = {f"{one.relative_to(base).as_posix()}/": one for one in zips}
+    return ZipFiles(base, named, annotations=annotations)
 
 
 def _is_zip(path: Path) -> bool:

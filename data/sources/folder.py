@@ -8,13 +8,16 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
+from typing import BinaryIO
 
 from typing_extensions import override
 
 from data.config import DataConfig
 from data.shards.account import Fate
+from data.shards.annotations import NO_LABELS, AnnotationRule, Box, Labels, encode_boxes
 from data.shards.captions import texts_of
 from data.shards.codecs import (
+    BOXES,
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -27,6 +30,7 @@ from data.sources.caption_tables import Row, read_tables
 from data.sources.coco import is_annotation, read_annotations
 from data.sources.files import FolderFiles, open_files
 from data.sources.making import Classes, make_sample
+from data.sources.open_images import BoxTable, is_box_table, read_boxes
 from data.sources.samples import Item, RawSample, Source, spread
 from data.storage.documents import MAX_JSON_BYTES, is_json_object, lookup
 from data.storage.untrusted import UnsafeFileError
@@ -54,7 +58,8 @@ class FolderSource(Source):
 
     def __init__(self, config: DataConfig) -> None:
         self._config = config
-        self._files = open_files(config)
+        self._annotations = AnnotationRule.of(config)
+        self._files = open_files(config, self._annotations)
         listing = self._files.listing
         self.left_alone = listing.left_alone
         if not listing.images:
@@ -64,9 +69,11 @@ class FolderSource(Source):
                 + (f"; it holds {found}" if found else "")
             )
         self._rows: dict[str, Row] = {}
-        notes = [name for name in listing.inputs if is_annotation(self._files.inner(name))]
+        self._boxes: dict[str, list[Box] | BoxTable] = {}
+        """Path of an image → its boxes: of COCO, in pixels, or in a table of Open Images."""
+        self.labels = NO_LABELS
         for root in self._files.roots:
-            self._rows |= self._read_rows(root, _below(root, notes))
+            self._rows |= self._read_rows(root, _below(root, listing.inputs))
         self._images, self._inputs = listing.images, listing.inputs
         self._beside = {PurePosixPath(name.lower()): name for name in listing.inputs}
         """Path of a text beside an image, in small letters → its real path."""
@@ -75,20 +82,31 @@ class FolderSource(Source):
         self._missing = sorted(self._rows.keys() - set(self._images) - named)
         self._classes = self._find_classes()
 
-    def _read_rows(self, root: str, notes: Sequence[str]) -> dict[str, Row]:
-        """Read the tables of a root and its annotations, `notes`: {path of an image: its rows}."""
+    def _read_rows(self, root: str, inputs: Sequence[str]) -> dict[str, Row]:
+        """Read the tables and annotations of a root: {path of an image: its rows}.
+
+        inputs: paths below the root. Boxes and their labels go to `_boxes` and `labels`.
+        """
         files, place = self._files, f"{self._files}/{root}".rstrip("/")
-        rows: dict[str, Row] = {}
-        if notes:
+        images = _below(root, files.listing.images)
 
-            def read(name: str, limit: int) -> bytes:
-                return files.read(root + name, limit)
+        def read(name: str, limit: int) -> bytes:
+            return files.read(root + name, limit)
 
-            images = _below(root, files.listing.images)
-            rows, unused = read_annotations(read, place, notes, images)
-            for name in unused:
-                self.left_alone.add(Fate.left_alone, "annotations of other images", root + name)
-        rows |= read_tables(lambda name: files.open(root + name), place, self._config)
+        def open_table(name: str) -> BinaryIO:
+            return files.open(root + name)
+
+        notes = read_annotations(read, place, filter(is_annotation, inputs), images)
+        table = read_boxes(open_table, place, filter(is_box_table, inputs), images)
+        for name in [*notes.others, *table.others]:
+            self.left_alone.add(Fate.left_alone, "annotations of other images", root + name)
+        for name, row in notes.rows.items():
+            if row.boxes is not None:
+                self._boxes[root + name] = row.boxes
+        self._boxes |= {root + name: table for name in images if name in table}
+        known = dict.fromkeys([*self.labels.boxes, *notes.labels, *table.labels])
+        self.labels = Labels(boxes=list(known))
+        rows = notes.rows | read_tables(open_table, place, self._config)
         return {root + name: row for name, row in rows.items()}
 
     @property
@@ -167,7 +185,29 @@ class FolderSource(Source):
         read = partial(self._files.read, name, MAX_IMAGE_BYTES)
         extension = PurePosixPath(name).suffix.lower().removeprefix(".")
         row = self._describe(name)
-        return make_sample(name, row, label, self._classes, read, self._config, extension)
+        sample = make_sample(name, row, label, self._classes, read, self._config, extension)
+        sample.annotations = self._annotate(sample)
+        return sample
+
+    def _annotate(self, sample: RawSample) -> dict[str, bytes]:
+        """Return the label map and the boxes of an image, where they are asked for and there.
+
+        Boxes come from the .boxes.json of its name, else from Open Images, else from COCO.
+        """
+        stem = PurePosixPath(sample.name.lower())
+        found = {
+            member: self._files.read(file, MAX_IMAGE_BYTES)
+            for member in self._annotations.members
+            if (file := self._beside.get(stem.with_suffix(f".{member}")))
+        }
+        boxes = self._boxes.get(sample.name)
+        if boxes is not None and self._annotations.boxes and BOXES not in found:
+            if isinstance(boxes, BoxTable):
+                boxes = boxes.of(self._files.inner(sample.name))
+            else:
+                boxes = [box.scaled(1 / sample.width, 1 / sample.height) for box in boxes]
+            found[BOXES] = encode_boxes(boxes)
+        return found
 
     def _describe(self, name: str) -> Row:
         """Return the captions and the other fields of an image.

@@ -14,6 +14,7 @@ from typing import Any
 
 from data.config import DataConfig
 from data.shards.account import Fate, Tally
+from data.shards.annotations import NO_LABELS
 from data.shards.codecs import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -56,6 +57,7 @@ class ImageTables(Source):
             raise FileNotFoundError(f"data.source.path: nothing at {config.source.path!r}")
         self._folder = place if place.is_dir() else _base(chosen or [place])
         self.left_alone = Tally()
+        self.labels = NO_LABELS
         self._rejected: list[Rejected] = []
         if place.is_file() and place.suffix not in TABLES:
             raise ValueError(

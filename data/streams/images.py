@@ -13,9 +13,11 @@ from data.config import DataConfig
 from data.order.batches import Share
 from data.shards.codecs import BadSampleError
 from data.shards.manifest import Kind
-from data.shards.stored import StoredBatch, decode_square
+from data.shards.squares import decode_square
+from data.shards.stored import StoredBatch
 from data.streams.data_set import open_data_set
-from data.streams.stream import NOTHING_DRAWN, Randomness, Request, Result, Rows, Stream, Visits
+from data.streams.rows import Rows
+from data.streams.stream import NOTHING_DRAWN, Randomness, Request, Result, Stream, Visits
 
 
 class ImageStream(Stream):
@@ -58,17 +60,20 @@ class ImageStream(Stream):
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         side = self.config.image_size
         images = np.empty((len(samples), side, side, 3), np.uint8)
-        captions = [""] * len(samples)
-        rows = Rows(keys=samples.keys(), captions=captions, arrays={"images": images}, bad={})
+        rows = Rows.empty(samples.keys(), {"images": images}, self.annotations, side)
         for row, stored in enumerate(samples):
             try:
-                pixels = decode_square(stored, side, self.config.pixels)
-                images[row] = pixels[:, ::-1] if visits.flip[row] else pixels
-                captions[row] = self._choose_caption(stored, visits.draw[row])
+                found = decode_square(stored, side, self.config.pixels, self.annotations)
+                found = found.mirrored() if visits.flip[row] else found
+                images[row] = found.pixels
+                rows.annotate(row, found.labels, found.boxes)
+                rows.captions[row] = self._choose_caption(stored, visits.draw[row])
             except BadSampleError as error:
                 rows.reject(row, stored, error)
         return rows
 
     @override
-    def _finish(self, stack: torch.Tensor) -> torch.Tensor:
+    def _finish(self, name: str, stack: torch.Tensor) -> torch.Tensor:
+        if name != "images":
+            return stack
         return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()

@@ -15,10 +15,10 @@ from data.shards.manifest import Kind, ManifestError
 from data.shards.stored import ArrayLayout, StoredBatch, StoredSample
 from data.streams.buffers import Buffers
 from data.streams.data_set import OpenDataSet, open_data_set, open_mixture
+from data.streams.rows import Rows
 from data.streams.stream import (
     NOTHING_DRAWN,
     Randomness,
-    Rows,
     Stream,
     Visits,
     no_problem,
@@ -102,13 +102,33 @@ class LatentStream(Stream):
                 sound &= samples.copy(places, member.layout, arrays[member.name])
         # after the arrays: captions lie beside them, and are now in the processor's cache
         captions, readable = self._captions(samples, visits.draw)
-        rows = Rows(keys=samples.keys(), captions=captions, arrays=arrays, bad={})
+        rows = Rows.empty(samples.keys(), arrays, self.annotations, self.manifest.image_size)
+        rows.captions = captions
         for row in np.flatnonzero(~(sound & readable)).tolist():
             try:
                 self._read_row(rows, row, samples[row], visits)
             except BadSampleError as error:
                 rows.reject(row, samples[row], error)
+        if self.annotations.members:
+            self._annotate(rows, samples, visits)
         return rows
+
+    def _annotate(self, rows: Rows, samples: StoredBatch, visits: Visits) -> None:
+        """Read the annotations of the good rows, which are stored for images of one size."""
+        rule, side = self.annotations, self.manifest.image_size
+        for row, stored in enumerate(samples):
+            if row in rows.bad:
+                continue
+            try:
+                labels = rule.read_map(stored.member, (side, side)) if rule.maps else None
+                boxes = rule.read_boxes(stored.member) if rule.boxes else []
+            except BadSampleError as error:
+                rows.reject(row, stored, error)
+                continue
+            if visits.flip[row]:
+                labels = None if labels is None else labels[:, ::-1]
+                boxes = [box.mirrored() for box in boxes]
+            rows.annotate(row, labels, boxes)
 
     def _read_row(self, rows: Rows, row: int, stored: StoredSample, visits: Visits) -> None:
         """Decode one sample with the slower general decoders, whose errors name the problem.

@@ -16,13 +16,15 @@ from data.config import DataConfig
 from data.order.batches import Share
 from data.order.cursor import VERSION, Cursor
 from data.order.plan import Plan
+from data.shards.annotations import Box
 from data.shards.cache import Prefetcher
 from data.shards.captions import read_captions
 from data.shards.codecs import BadSampleError
 from data.shards.manifest import Ids, Rejected
 from data.shards.stored import StoredBatch, StoredSample
-from data.streams.data_set import OpenDataSet
+from data.streams.data_set import OpenDataSet, annotation_rule
 from data.streams.quarantine import Quarantine
+from data.streams.rows import Rows
 
 Draw = Callable[[Ids, Ids], np.ndarray]
 """(epoch [B], index [B]) → [B]: a random value for each visit to a sample."""
@@ -42,7 +44,9 @@ class Batch:
     """[B], caption or class of each sample."""
     arrays: dict[str, torch.Tensor]
     """images: [B, 3, S, S] float32 in [-1, 1]; moments: [B, 2, C, h, w] and text: [B, T, D]
-    float16, as stored."""
+    float16, as stored; with data.maps, map: [B, S, S] uint8, class numbers."""
+    boxes: list[list[Box]] = field(default_factory=list[list[Box]])
+    """[B], with data.boxes: the boxes of each sample."""
     drawn: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """Tensors of B rows that `Stream.draw` adds, such as noise."""
 
@@ -100,37 +104,6 @@ class Request:
     visits: Visits
 
 
-@dataclass(slots=True, kw_only=True)
-class Rows:
-    """The values of B samples; the rows of bad samples are undefined."""
-
-    keys: list[str]
-    captions: list[str]
-    arrays: dict[str, np.ndarray]
-    """[B, ...] of the stored data type."""
-    bad: dict[int, Rejected]
-    """Number of a row → its bad sample."""
-
-    def reject(self, row: int, stored: StoredSample, error: BadSampleError) -> None:
-        """Mark a row as bad."""
-        self.bad[row] = stored.rejected(error)
-
-    def take(self, rows: list[int]) -> "Rows":
-        """Copy some of the rows; all of them must be good."""
-        return Rows(
-            keys=[self.keys[row] for row in rows],
-            captions=[self.captions[row] for row in rows],
-            arrays={name: array[rows] for name, array in self.arrays.items()},
-            bad={},
-        )
-
-    def replace(self, row: int, other: "Rows") -> None:
-        """Copy the only sample of `other` to a row."""
-        self.keys[row], self.captions[row] = other.keys[0], other.captions[0]
-        for name, array in self.arrays.items():
-            array[row] = other.arrays[name][0]
-
-
 Result = tuple[Batch, list[Rejected]]
 
 
@@ -165,6 +138,7 @@ class Stream(ABC):
         self.pinned = False
         """Whether the batches of `steps` lie in page-locked memory, from which a GPU copies without
         a wait of this process. torch lends such memory anew when all copies from it have ended."""
+        self.annotations = annotation_rule(config, self.manifest, self.option)
         self.quarantine = Quarantine(self.num_samples, config.max_rejected_share, self.option)
 
     @property
@@ -355,14 +329,16 @@ class Stream(ABC):
             keys=rows.keys,
             captions=rows.captions,
             arrays={
-                name: self._finish(torch.as_tensor(array)) for name, array in rows.arrays.items()
+                name: self._finish(name, torch.as_tensor(array))
+                for name, array in rows.arrays.items()
             },
+            boxes=rows.boxes,
         )
 
     @abstractmethod
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         """Read samples, each with the choices of its visit."""
 
-    def _finish(self, stack: torch.Tensor) -> torch.Tensor:
-        """Convert stored arrays to those of a batch."""
+    def _finish(self, name: str, stack: torch.Tensor) -> torch.Tensor:
+        """Convert a stored array to that of a batch."""
         return stack

@@ -18,6 +18,7 @@ def assert_same(batch: Batch, other: Batch) -> None:
     np.testing.assert_array_equal(batch.epoch, other.epoch)
     np.testing.assert_array_equal(batch.index, other.index)
     assert (batch.keys, batch.captions) == (other.keys, other.captions)
+    assert batch.boxes == other.boxes
     assert batch.arrays.keys() == other.arrays.keys()
     for name, array in batch.arrays.items():
         assert torch.equal(array, other.arrays[name])

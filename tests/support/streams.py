@@ -45,4 +45,5 @@ def joined(parts: list[Batch]) -> Batch:
         keys=[key for part in parts for key in part.keys],
         captions=[caption for part in parts for caption in part.captions],
         arrays={name: torch.cat([part.arrays[name] for part in parts]) for name in parts[0].arrays},
+        boxes=[boxes for part in parts for boxes in part.boxes],
     )

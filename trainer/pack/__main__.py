@@ -12,6 +12,7 @@ from trainer.cli import main
 OPTIONS = """
     data.source data.dir data.train data.val data.image_size data.filters data.filters[]
     data.captions data.caption_fields data.caption_fields[] data.encoding data.pixels
+    data.maps data.boxes
     pack verify stats
 """
 

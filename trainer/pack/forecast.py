@@ -11,7 +11,13 @@ import numpy as np
 
 from data.config import DataConfig, SourceKind
 from data.shards.captions import CaptionRule, choose_caption
-from data.shards.codecs import IMAGE_EXTENSIONS, BadSampleError, image_size
+from data.shards.codecs import (
+    ANNOTATION_EXTENSIONS,
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    BadSampleError,
+    image_size,
+)
 from data.shards.index import MEMBER_DTYPE
 from data.shards.manifest import Kind, Manifest, Shard
 from data.shards.reader import ShardReader
@@ -31,6 +37,7 @@ SAMPLED_TARS = 4
 BLOCK = 512
 """Bytes of a header of a tar; contents are padded to it, too."""
 NPY_HEADER_BYTES = 128
+COPIED = (*CAPTION_EXTENSIONS, *ANNOTATION_EXTENSIONS, "json")
 
 
 @dataclass(slots=True)
@@ -202,8 +209,8 @@ def _latent_bytes(config: Config) -> tuple[float, float]:
 
 
 def _copied_bytes(members: Mapping[str, bytes]) -> int:
-    """Return the bytes of the captions and metadata that a latent shard copies."""
-    return sum(_member_bytes(len(members[n])) for n in ("txt", "cls", "json") if n in members)
+    """Return the bytes of the captions, metadata and annotations that a latent shard copies."""
+    return sum(_member_bytes(len(members[n])) for n in COPIED if n in members)
 
 
 def _tar_bytes(members: Mapping[str, bytes]) -> int:

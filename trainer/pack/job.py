@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -16,9 +16,10 @@ from tqdm import tqdm
 from data.config import DataConfig, SourceKind
 from data.shards import filters
 from data.shards.account import SAMPLES, Fate, Tally, total
+from data.shards.annotations import AnnotationRule, Found
 from data.shards.captions import CaptionRule
 from data.shards.codecs import BadSampleError
-from data.shards.edges import Edges, count_split
+from data.shards.edges import count_split
 from data.shards.manifest import (
     FILE_NAME,
     REJECTED_NAME,
@@ -30,10 +31,10 @@ from data.shards.manifest import (
     encode_ledger,
 )
 from data.shards.reader import ShardReader
-from data.shards.register import Part, Registered, Selection, Tar, register_tars, state_of
+from data.shards.register import Part, Selection, Tar, register_tars, state_of
 from data.shards.stored import StoredSample
 from data.shards.writer import ShardSetWriter
-from data.sources.samples import Item, NotChosen, RawSample, Source
+from data.sources.samples import Item, RawSample, Source
 from data.sources.sources import open_source
 from data.sources.tars import list_tars_of
 from data.storage.atomic import write_atomic
@@ -45,8 +46,9 @@ from trainer.config import Config, PackVerify
 from trainer.pack.forecast import print_forecast
 from trainer.pack.origin import Origin
 from trainer.pack.proposal import print_proposal
-from trainer.pack.samples import first_to_drop, members_of, with_size_rules
+from trainer.pack.samples import check_annotations, first_to_drop, members_of, with_size_rules
 from trainer.pack.sizes import size_lines
+from trainer.pack.split import Split
 from trainer.pack.stats import measured_sides, print_statistics
 from trainer.pack.summary import allows, losses, print_summary, refuse_losses
 from trainer.pack.verify import verify
@@ -92,33 +94,6 @@ def _pack(config: Config) -> None:
             _register_tars(config)
         else:
             _write_shards(config)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Split:
-    """The shards of one data set, and the samples that are left out of it."""
-
-    tally: Tally = field(default_factory=Tally)
-    shards: list[Shard] = field(default_factory=list[Shard])
-    rejected: list[Rejected] = field(default_factory=list[Rejected])
-    noted: Counter[str] = field(default_factory=Counter[str])
-    edges: list[Edges] = field(default_factory=list[Edges])
-    """First and last samples of tars."""
-    empty_tars: list[str] = field(default_factory=list[str])
-    """Damaged tars without a sample."""
-    dropped: Counter[int] = field(default_factory=Counter[int])
-    """Number of the rule in data.filters → samples that it dropped."""
-    downloads: Counter[str] = field(default_factory=Counter[str])
-    """Name of a count by img2dataset → its value, such as failed downloads."""
-
-    def add(self, tar: Registered) -> None:
-        """Add a tar."""
-        self.shards.append(tar.shard)
-        self.rejected += tar.rejected
-        self.dropped.update(dict(enumerate(tar.dropped)))
-        self.downloads.update(tar.downloads)
-        self.tally.merge(tar.left_out)
-        self.edges.append((tar.shard.name, tar.edges, tar.rejected))
 
 
 def _targets(data: DataConfig) -> dict[str, Path]:
@@ -180,7 +155,8 @@ def _write_shards(config: Config) -> None:
         if _is_full(config):
             _refuse_other_bytes(data, source)
         return
-    splits = {option: _Split() for option in _targets(data)}
+    splits = {option: Split() for option in _targets(data)}
+    annotations = AnnotationRule.of(data, source.labels)
     size = data.source.shard_samples
     with (
         ShardSetWriter(Path(data.train), Kind.images, size) as train,
@@ -191,7 +167,7 @@ def _write_shards(config: Config) -> None:
         for seen, item in enumerate(items, start=1):
             in_val = isinstance(item, RawSample) and item.draw < data.source.val_share
             split = splits["data.val" if in_val else "data.train"]
-            _write_or_leave_out(data, item, split, val if in_val else train)
+            _write_or_leave_out(data, annotations, item, split, val if in_val else train)
             before, lost = lost, sum(len(one.rejected) for one in splits.values())
             if lost > before and not allows(lost, len(source), config.pack.max_rejected):
                 _stop_early(config, splits, lost, seen, len(source))
@@ -206,19 +182,24 @@ def _write_shards(config: Config) -> None:
         licence=source.licence,
         classes=list(source.classes),
     )
-    _publish(config, origin, splits, about)
+    _publish(config, origin, splits, about, annotations)
 
 
 def _write_or_leave_out(
-    data: DataConfig, item: Item, split: _Split, writer: ShardSetWriter
+    data: DataConfig,
+    annotations: AnnotationRule,
+    item: Item,
+    split: Split,
+    writer: ShardSetWriter,
 ) -> None:
     if not isinstance(item, RawSample):
-        _leave_out(split, item)
+        split.leave_out(item)
         return
     try:
         rule = first_to_drop(data, item)
+        check_annotations(annotations, item, split.found)
     except BadSampleError as error:
-        _leave_out(split, Rejected(key=item.name, reason=str(error)))
+        split.leave_out(Rejected(key=item.name, reason=str(error)))
         return
     if rule is None:
         split.noted += item.noted
@@ -229,7 +210,7 @@ def _write_or_leave_out(
 
 
 def _stop_early(
-    config: Config, splits: dict[str, _Split], lost: int, seen: int, found: int
+    config: Config, splits: dict[str, Split], lost: int, seen: int, found: int
 ) -> NoReturn:
     """Raise ValueError: already more of the samples are lost than all of them may lose."""
     folders = _targets(config.data)
@@ -252,8 +233,9 @@ def _refuse_other_bytes(data: DataConfig, source: Source) -> None:
         manifest = Manifest.load(folder, option=option)
         samples = ShardReader(str(folder), manifest).find(np.arange(manifest.samples))
         packed[option] = iter(samples)
+    annotations = AnnotationRule.of(data, source.labels)
     for item in tqdm(source, desc="compare", unit="image", disable=None):
-        if not isinstance(item, RawSample) or not _is_kept(data, item):
+        if not isinstance(item, RawSample) or not _is_kept(data, item, annotations):
             continue
         option = "data.val" if item.draw < data.source.val_share else "data.train"
         stored = next(packed[option], None)
@@ -267,19 +249,12 @@ def _refuse_other_bytes(data: DataConfig, source: Source) -> None:
     print("Compared: every byte is the one that was packed.")
 
 
-def _is_kept(data: DataConfig, sample: RawSample) -> bool:
+def _is_kept(data: DataConfig, sample: RawSample, annotations: AnnotationRule) -> bool:
     try:
+        check_annotations(annotations, sample, Found())
         return first_to_drop(data, sample) is None
     except BadSampleError:
         return False
-
-
-def _leave_out(split: _Split, item: Rejected | NotChosen) -> None:
-    if isinstance(item, NotChosen):
-        split.tally.add(Fate.not_chosen, item.reason, item.key)
-        return
-    split.rejected.append(item)
-    split.tally.add(Fate.rejected, item.reason, item.key)
 
 
 def _register_tars(config: Config) -> None:
@@ -307,11 +282,18 @@ def _register_tars(config: Config) -> None:
     if "data.val" in targets:
         parts.append(Part(targets["data.val"], 0.0, share))
     rule = CaptionRule.of(data)
-    selection = Selection(parts, data.filters, rule, empty_captions=not rule.required)
+    annotations = AnnotationRule.of(data)
+    selection = Selection(
+        parts,
+        data.filters,
+        rule,
+        empty_captions=not rule.required,
+        annotations=annotations,
+    )
     tars = [
         Tar(base=base, name=name, state=state) for name, state in zip(names, states, strict=True)
     ]
-    splits = {option: _Split() for option in targets}
+    splits = {option: Split() for option in targets}
     registering = register_tars(tars, selection, data.source.workers, anew=_is_full(config))
     with closing(registering) as registered, byte_bar(sum(sizes.values()), "pack") as bar:
         for made in registered:
@@ -324,12 +306,23 @@ def _register_tars(config: Config) -> None:
             bar.update(train.shard.size_bytes)
     if split := count_split(splits["data.train"].edges):
         splits["data.train"].tally.merge([split])
-    _publish(config, origin, splits, Manifest(kind=Kind.images, shards=[], base=base))
+    about = Manifest(kind=Kind.images, shards=[], base=base)
+    _publish(config, origin, splits, about, annotations)
 
 
-def _publish(config: Config, origin: Origin, splits: dict[str, _Split], about: Manifest) -> None:
+def _publish(
+    config: Config,
+    origin: Origin,
+    splits: dict[str, Split],
+    about: Manifest,
+    annotations: AnnotationRule,
+) -> None:
     """Write the manifests; about: what they all say of the source."""
     data = config.data
+    found = Found()
+    for split in splits.values():
+        found.add(split.found.boxes, split.found.maps)
+    labels = annotations.named(found)
     manifests: dict[str, Manifest] = {}
     for option, folder in _targets(data).items():
         split = splits[option]
@@ -343,6 +336,8 @@ def _publish(config: Config, origin: Origin, splits: dict[str, _Split], about: M
             filters=filters.count(data.filters, dropped, kept),
             left_out=split.tally.entries(),
             downloads=dict(split.downloads),
+            map_classes=list(labels.maps),
+            box_classes=list(labels.boxes),
             source=origin.text(),
             base="" if about.base == str(folder.absolute()) else about.base,
         )
@@ -356,7 +351,7 @@ def _publish(config: Config, origin: Origin, splits: dict[str, _Split], about: M
 
 
 def _refuse_unusable(
-    config: Config, splits: dict[str, _Split], manifests: dict[str, Manifest]
+    config: Config, splits: dict[str, Split], manifests: dict[str, Manifest]
 ) -> None:
     """Raise ValueError if there is nothing to train on, or too much is lost; write the ledgers."""
     train, folders = manifests["data.train"], _targets(config.data)

@@ -7,6 +7,7 @@ from typing import Any
 
 from data.config import DataConfig, SourceConfig
 from data.secrets import public
+from data.shards.annotations import AnnotationRule
 from data.shards.captions import CaptionRule
 from data.storage.documents import DocumentError, is_json_object, parse_json
 from data.text import printable
@@ -42,6 +43,11 @@ class Origin:
             for name in ("file_field", "caption_field", "image_field", "label_field")
             if getattr(source, name) != getattr(plain, name)
         }
+        later |= {f"data.{name}": True for name in ("maps", "boxes") if getattr(data, name)}
+        rule = AnnotationRule.of(data)
+        named = {"data.source.map_classes": rule.labels.maps}
+        named |= {"data.source.box_classes": rule.labels.boxes}
+        later |= {option: names for option, names in named.items() if names}
         if (rule := CaptionRule.of(data)) != CaptionRule(required=source.require_captions):
             later["data.captions"] = [rule.form.value, rule.fields, rule.encoding]
         return cls(

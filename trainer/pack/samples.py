@@ -9,6 +9,7 @@ from typing import Any
 
 from data.config import DataConfig, FilterConfig
 from data.shards import filters
+from data.shards.annotations import AnnotationRule, Found
 from data.shards.metadata import aspect
 from data.sources.samples import RawSample
 from data.storage.documents import lookup
@@ -47,7 +48,16 @@ def members_of(sample: RawSample) -> dict[str, bytes]:
         **label,
         "txt": sample.caption.encode(),
         "json": json.dumps(facts, ensure_ascii=False).encode(),
+        **sample.annotations,
     }
+
+
+def check_annotations(rule: AnnotationRule, sample: RawSample, found: Found) -> None:
+    """Check the label map and the boxes of a sample, and add their classes to `found`.
+
+    Raises: BadSampleError as `AnnotationRule.check`.
+    """
+    rule.check(sample.annotations.get, lambda: (sample.width, sample.height), found)
 
 
 def _fields(sample: RawSample) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from data.config import DataConfig
+from data.shards.annotations import NO_ANNOTATIONS, AnnotationRule
 from data.shards.captions import PLAIN_CAPTIONS, CaptionRule
 from data.shards.codecs import BadSampleError
 from data.shards.index import decode_index, index_shard
@@ -46,7 +47,12 @@ def _verify(option: str, folder: str, manifest: Manifest, data: DataConfig) -> i
     found = 0
     shards_at = manifest.shards_at(folder, data.source.path)
     compare = partial(
-        differences_of, folder, manifest, shards_at=shards_at, captions=CaptionRule.of(data)
+        differences_of,
+        folder,
+        manifest,
+        shards_at=shards_at,
+        captions=CaptionRule.of(data),
+        annotations=AnnotationRule(data.maps, data.boxes),
     )
     with (
         closing(in_processes(compare, manifest.shards, data.source.workers)) as results,
@@ -72,11 +78,13 @@ def differences_of(
     *,
     shards_at: str = "",
     captions: CaptionRule = PLAIN_CAPTIONS,
+    annotations: AnnotationRule = NO_ANNOTATIONS,
 ) -> list[str]:
     """Compare a shard with its index and both with the manifest; return the differences.
 
     folder: path or URL of the data set. shard: one of the manifest's shards. shards_at: path or URL
-    of the shards; empty: the data set's folder. captions: place of the captions.
+    of the shards; empty: the data set's folder. captions: place of the captions. annotations: those
+    that samples need.
     """
     try:
         tar = open_file(join_location(shards_at or folder, shard.name))
@@ -96,7 +104,7 @@ def differences_of(
         return [*found, "its index cannot be read"]
     if len(index) != shard.samples:
         found.append(f"{len(index)} samples in its index, not {shard.samples}")
-    derived, rejected = index_shard(tar, required_members(manifest.kind, captions))
+    derived, rejected = index_shard(tar, required_members(manifest.kind, captions, annotations))
     if index.dtype != derived.dtype or not np.array_equal(index, derived):
         reasons = {item.key: item.reason for item in rejected}
         samples = list(

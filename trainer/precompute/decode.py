@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.read_ahead import with_processes, with_thread
+from data.shards.annotations import encode_boxes, encode_map
 from data.shards.captions import CaptionRule, read_captions
-from data.shards.codecs import CAPTION_EXTENSIONS, BadSampleError
+from data.shards.codecs import BOXES, CAPTION_EXTENSIONS, MAP, BadSampleError
 from data.shards.manifest import Manifest, Rejected, Shard
 from data.shards.reader import ShardReader
-from data.shards.stored import decode_square
+from data.shards.squares import decode_square
+from data.streams.data_set import annotation_rule
 from trainer.config import Config
 
 COPIED_EXTENSIONS = (*CAPTION_EXTENSIONS, "json")
+"""Annotations are not copied: they are cropped with the image."""
 
 
 class Piece(NamedTuple):
@@ -44,7 +47,7 @@ class Samples(NamedTuple):
     captions: list[list[str]]
     """All captions of each good sample."""
     copied: list[dict[str, bytes]]
-    """Members of each good sample that are copied: captions and metadata, by extension."""
+    """Members of each good sample beside its latents: captions, metadata, cropped annotations."""
     rejected: list[Rejected]
     noted: Counter[str]
     """See `Manifest.noted`."""
@@ -56,6 +59,7 @@ class Decoder:
     def __init__(self, config: Config, images: Manifest) -> None:
         self._size, self._data = config.data.image_size, config.data
         self._rule = CaptionRule.of(config.data)
+        self._annotations = annotation_rule(config.data, images, "data.train")
         self._reader = ShardReader(
             config.data.train, images, config.data.cache, source=config.data.source.path
         )
@@ -75,12 +79,22 @@ class Decoder:
                     if sample.has(extension)
                 }
                 captions = read_captions(members.get, self._rule, samples.noted)
-                image = decode_square(sample, self._size, self._data.pixels, samples.noted)
+                image = decode_square(
+                    sample,
+                    self._size,
+                    self._data.pixels,
+                    self._annotations,
+                    noted=samples.noted,
+                )
             except BadSampleError as error:
                 samples.rejected.append(sample.rejected(error))
             else:
                 samples.keys.append(sample.key)
-                pixels.append(image)
+                pixels.append(image.pixels)
+                if image.labels is not None:
+                    members[MAP] = encode_map(image.labels)
+                if self._annotations.boxes:
+                    members[BOXES] = encode_boxes(image.boxes)
                 samples.captions.append(captions.texts)
                 samples.copied.append(members)
         shape = (len(pixels), self._size, self._size, 3)

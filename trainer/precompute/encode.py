@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data.shards import transforms
+from data.shards.annotations import AnnotationRule
 from data.shards.captions import CaptionRule
 from models.conditioning.conditioners import build_conditioner
 from models.conditioning.text import Text, text_fingerprint
@@ -82,6 +83,7 @@ class Encoder:
             "flip": self._flip,
             "text_encoder": text_fingerprint(text) if text else "",
             "captions": CaptionRule.of(config.data).several if text else "",
+            "annotations": " ".join(AnnotationRule(config.data.maps, config.data.boxes).members),
         }
         self._first_stage = first_stage.to(self._device, self._dtype).eval()
         self._text = text.to(self._device) if text else None

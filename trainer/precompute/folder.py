@@ -31,6 +31,7 @@ OPTIONS = {
     "flip": "data.flip",
     "text_encoder": "data.store_text or conditioner.pretrained",
     "captions": "data.captions or data.caption_fields",
+    "annotations": "data.maps or data.boxes",
 }
 """Entry of an identity → the options that determine it."""
 

@@ -140,6 +140,8 @@ def _manifest(
         image_size=config.data.image_size,
         licence=images.licence,
         classes=images.classes,
+        map_classes=images.map_classes if config.data.maps else [],
+        box_classes=images.box_classes if config.data.boxes else [],
         rejected=dict(Counter(item.reason for item in rejected)),
         left_out=tally.entries(),
         noted=dict(noted),

@@ -50,6 +50,8 @@ manifests = st.builds(
     filters=st.lists(
         st.builds(FilterCount, rule=st.text(max_size=5), kept=sizes, dropped=sizes), max_size=2
     ),
+    map_classes=st.lists(st.text(max_size=5), max_size=2),
+    box_classes=st.lists(st.text(max_size=5), max_size=2),
     downloads=st.dictionaries(st.text(max_size=5), st.integers(0, 9), max_size=3),
     source=st.text(max_size=5),
     base=st.text(max_size=5),

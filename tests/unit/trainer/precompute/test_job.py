@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from data.order.batches import Share
+from data.shards.annotations import Box, encode_boxes, encode_map
+from data.shards.codecs import BOXES, MAP, encode_png
 from data.shards.manifest import Kind, Manifest, ManifestError, Shard
+from data.shards.writer import ShardSetWriter
+from data.streams.latents import LatentStream
 from models.conditioning.conditioners import build_conditioner
 from models.conditioning.text import Text, text_fingerprint
 from tests.support.latent_jobs import (
@@ -259,3 +265,39 @@ def test_a_terminal_gets_a_bar(job: Path, monkeypatch: pytest.MonkeyPatch) -> No
     last = terminal.getvalue().split("\r")[-1]
     assert "26/26" in last
     assert re.search(r"image/s, encoder \d+%", last)
+
+
+def test_annotations_are_cropped_with_the_pictures(tmp_path: Path) -> None:
+    """Pictures of 24 x 16 become squares of 16: a box at the left edge loses a part, or all."""
+    with ShardSetWriter(tmp_path / "train", Kind.images, 4) as writer:
+        for number in range(6):
+            labels = np.full((16, 24), number, np.uint8)
+            labels[:, 4:8] = 9
+            picture = Image.fromarray(np.repeat(labels[..., None], 3, -1))
+            boxes = [Box("edge", 0, 0, 1 / 6, 1), Box("cat", 0, 0.25, 0.5, 0.75)]
+            members = {MAP: encode_map(labels), BOXES: encode_boxes(boxes)}
+            writer.write({"png": encode_png(picture), "txt": b"x", **members})
+    images = Manifest(
+        kind=Kind.images,
+        shards=writer.shards,
+        map_classes=[str(number) for number in range(10)],
+        box_classes=["cat", "edge"],
+    )
+    images.save(tmp_path / "train")
+    config = job_config(tmp_path, "data.maps=true", "data.boxes=true", "data.flip=true")
+    write_first_stage(tmp_path / "first_stage.safetensors", config)
+    precompute(config)
+    manifest = Manifest.load(tmp_path / "latents", option="data.latents")
+    assert (manifest.map_classes, manifest.box_classes) == (
+        images.map_classes,
+        images.box_classes,
+    )
+    share = Share(seed=0, global_batch=2, micro_batch=2)
+    batch = LatentStream.open(config.data, share).read(np.arange(6))
+    assert batch.boxes == [[Box("cat", 0.0, 0.25, 0.5, 0.75)]] * 6
+    for number, labels in enumerate(batch.arrays["map"].numpy()):
+        assert (labels[:, :4] == 9).all()
+        assert (labels[:, 4:] == number).all()
+    plain = job_config(tmp_path, "data.maps=true", "data.flip=true")
+    with pytest.raises(ValueError, match=r"data\.maps or data\.boxes"):
+        precompute(plain)
