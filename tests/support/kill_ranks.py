@@ -91,7 +91,7 @@ def live(folder: Path, config: Config, rank: int, life: int, last: int) -> None:
             result = engines.averaged.step(step)
             step += 1
             if ranks.is_main:
-                log.write(json.dumps([step, loss.item(), result.grad_norm]) + "\n")
+                log.write(json.dumps([step, loss.item(), float(result.grad_norm)]) + "\n")
             averages = engines.averaged.averages
             state = run_state(step, *averages, adam_steps=engines.adam_steps())
             buffers = engines.buffers()

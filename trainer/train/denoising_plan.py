@@ -97,6 +97,6 @@ def _frozen(config: Config, conditioner: Outline) -> Frozen:
     parameters = sum(parameter.numel() for parameter in first_stage.parameters())
     total = parameters + conditioner.parameters
     if config.data.store_text:
-        return Frozen(total, bytes=0, flops_per_image=0)
+        return Frozen(total)
     width = inference_dtype(torch.device("cuda"), config.train.precision).itemsize
     return Frozen(total, conditioner.parameters * width, conditioner.flops)

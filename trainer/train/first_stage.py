@@ -267,7 +267,7 @@ def plan_first_stage(config: Config) -> StepPlan:
     return StepPlan(
         build_module=lambda: untrained(config),
         loss=loss,
-        frozen=Frozen(0, 0, 0),
+        frozen=Frozen(),
         sample_bytes=options.in_channels * side**2,  # uncompressed
         checkpointing=False,
         not_counted=("the perceptual network and the discriminator",) if left_out else (),

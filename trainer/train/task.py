@@ -115,12 +115,12 @@ class TrainingTask(ABC):
 class Frozen:
     """Frozen networks that run beside the trained one."""
 
-    parameters: int
+    parameters: int = 0
     """Number of parameters of the first stage and a frozen conditioner."""
-    bytes: int
+    bytes: int = 0
     """Bytes of those that are on the device while it trains: a conditioner that runs in
     training."""
-    flops_per_image: int
+    flops_per_image: int = 0
     """FLOPs of a frozen conditioner; 0 if it does not run in training."""
 
 
