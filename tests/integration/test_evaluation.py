@@ -16,6 +16,8 @@ from trainer.callbacks.jsonl import JsonLines
 from trainer.checkpoints.reader import latest_checkpoint
 from trainer.evaluate.job import evaluate
 from trainer.reference.job import make_references
+from trainer.runs.paths import SAMPLES
+from trainer.runtime import slices
 from trainer.train.denoiser import DenoisingTask
 from trainer.train.loop import fit
 
@@ -233,3 +235,22 @@ def test_a_folder_of_images_is_measured_against_a_reference_made_beforehand(
         assert found["recall_efficientnet_lite0"] == 1
         assert found["precision_efficientnet_lite0"] >= size / 48
     assert whole["fd_efficientnet_lite0"] < 0.5 * few["fd_efficientnet_lite0"]
+
+
+def test_slices_of_reconstructions_change_no_number(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["train.max_steps=1", "eval.every=1", "eval.features=[efficientnet_lite0]"]
+    found: list[dict[str, float]] = []
+    pictures: list[bytes] = []
+    for most_bytes in (slices.MOST_BYTES, 1):
+        monkeypatch.setattr(slices, "MOST_BYTES", most_bytes)
+        run = tmp_path / str(most_bytes)
+        assert fit(workshop.config("emoji_autoencoder", *options, run=run)) == 0
+        last = next(line for line in reversed(lines(run)) if "eval/psnr_db" in line)
+        found.append({name: value for name, value in last.items() if name.startswith("eval/")})
+        pictures.append((run / SAMPLES / "step_00000001.png").read_bytes())
+    whole, sliced = found
+    assert sliced == pytest.approx(whole, rel=1e-5)
+    assert pictures[0] == pictures[1]
+    assert len(whole) > 2

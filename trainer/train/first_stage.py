@@ -20,6 +20,7 @@ from models.first_stage.loss import (
     ReconstructionError,
     negative_log_likelihood,
 )
+from models.first_stage.memory import activation_bytes
 from models.weights.compvis import load_first_stage
 from trainer.checkpoints.tensors import write_tensors
 from trainer.config import Config
@@ -35,6 +36,7 @@ from trainer.runtime.placement import on_device
 from trainer.runtime.progress import Stopping
 from trainer.runtime.ranks import Ranks
 from trainer.runtime.rng import Purpose
+from trainer.runtime.slices import slice_size
 from trainer.streams import open_images
 from trainer.train.adversary import AdversarialStep, Adversary
 from trainer.train.task import (
@@ -178,25 +180,31 @@ class FirstStageTask(TrainingTask):
         metrics, count = self._new_metrics(), self._validation.num_samples
         columns = min(PICTURES, count)
         shown: list[Tensor] = []
-        with on_device([module, *self._extractors], self._ranks.device):
-            for part in batches(count, self._config.eval.batch_size, self._ranks):
+        config, device = self._config, self._ranks.device
+        each = activation_bytes(config.autoencoder, config.data.image_size, torch.float32.itemsize)
+        with on_device([module, *self._extractors], device):
+            for part in batches(count, config.eval.batch_size, self._ranks):
                 if stopping("evaluation"):
                     return None
                 if not part:
                     continue
-                images = self._images(self._validation, part)
-                reconstruction: Reconstruction = module(images, None)
-                metrics.update(images, reconstruction.images)
-                if reconstruction.codes is not None:
-                    codes += code_counts(reconstruction.codes, len(codes)).cpu()
-                if part.start == 0:
-                    shown = [to_uint8(images[:columns]), to_uint8(reconstruction.images[:columns])]
+                whole = self._images(self._validation, part)
+                for images in torch.split(whole, slice_size(each, device)):
+                    reconstruction: Reconstruction = module(images, None)
+                    metrics.update(images, reconstruction.images)
+                    if reconstruction.codes is not None:
+                        codes += code_counts(reconstruction.codes, len(codes)).cpu()
+                    if part.start == 0:
+                        pair = torch.stack([images, reconstruction.images])
+                        shown.append(to_uint8(pair[:, :columns]))
         self._ranks.sum_(metrics.state() | {"codes": codes})
         values = metrics.compute()
         if self._config.autoencoder.kind is AutoencoderKind.vq:
             values |= codebook_use(codes)
-        picture = grid(torch.cat(shown), columns=columns) if shown else torch.zeros(3, 1, 1)
-        return Evaluation(values, picture)
+        if not shown:
+            return Evaluation(values, torch.zeros(3, 1, 1))
+        pairs = torch.cat(shown, dim=1)[:, :columns]
+        return Evaluation(values, grid(pairs.flatten(0, 1), columns=columns))
 
     def _images(self, stream: ImageStream, part: range) -> Tensor:
         """Read images to the device: [b, 3, H, W] float32 in [-1, 1]."""
