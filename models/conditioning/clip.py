@@ -1,6 +1,8 @@
 """Loads CLIP networks (Radford et al. 2021) of open_clip, by name or from files."""
 
 import json
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ FP16_BYTES = 2
 SMALL_PARAMETERS = 2**26
 """A network of no more weights is built, whatever the size of its file."""
 FOREIGN_TEXT_TOWERS = {"hf_model_name", "hf_tokenizer_name"}
+PLAIN_TEXT_TOWER = {"context_length", "vocab_size", "width", "heads", "layers", "no_causal_mask"}
+"""Options of text towers whose size follows from a formula."""
 
 
 class Clip(NamedTuple):
@@ -113,14 +117,27 @@ def text_tower(model: str) -> TextTower:
     Raises: ValueError or FileNotFoundError, naming the option, if there is no such network.
     """
     architecture = _architecture(model)
+    text = architecture["text_cfg"]
+    if text.keys() <= PLAIN_TEXT_TOWER and {"vocab_size", "width", "layers"} <= text.keys():
+        return _plain_text_tower(text, architecture["embed_dim"])
     with torch.device("meta"):
         clip = _network(architecture)
-        tokens = architecture["text_cfg"].get("context_length", 77)
+        tokens = text.get("context_length", 77)
         with FlopCounterMode(display=False) as counter:
             clip.encode_text(torch.zeros(1, tokens, dtype=torch.long))
     del clip.visual
     parameters = sum(parameter.numel() for parameter in clip.parameters())
     return TextTower(parameters, tokens, counter.get_total_flops())
+
+
+def _plain_text_tower(text: Mapping[str, int], embed_dim: int) -> TextTower:
+    """Count a transformer of Radford et al. 2021 without open_clip, whose import takes seconds."""
+    tokens, width, layers = text.get("context_length", 77), text["width"], text["layers"]
+    block = 12 * width**2 + 13 * width  # queries to values, output, two layers of 4 · width, norms
+    parameters = layers * block + (text["vocab_size"] + tokens + 2 + embed_dim) * width
+    products = 12 * tokens * width**2 + 2 * tokens**2 * width
+    flops = 2 * (layers * products + width * embed_dim)
+    return TextTower(parameters + 1, tokens, flops)  # 1: the temperature
 
 
 def _network(architecture: dict[str, Any]) -> Any:
@@ -139,8 +156,10 @@ def _architecture(model: str) -> dict[str, Any]:
         )
     if model.endswith(".json"):
         architecture = _read_architecture(Path(model))
-    elif model in _open_clip().list_models():
-        architecture = _open_clip().get_model_config(model)
+    elif (described := _collection() / f"{model}.json").parent == _collection() and (
+        described.is_file()
+    ):
+        architecture = _read_architecture(described)
     else:
         raise ValueError(
             f"conditioner.model: open_clip knows no architecture {model!r}; "
@@ -154,6 +173,13 @@ def _architecture(model: str) -> dict[str, Any]:
     if "timm_model_name" in architecture["vision_cfg"]:
         architecture["vision_cfg"]["timm_model_pretrained"] = False
     return architecture
+
+
+def _collection() -> Path:
+    """Return open_clip's folder of architectures, without an import of the package."""
+    package = find_spec("open_clip")
+    assert package is not None and package.origin is not None
+    return Path(package.origin).parent / "model_configs"
 
 
 def _check_size(architecture: dict[str, Any], weights: Path) -> None:

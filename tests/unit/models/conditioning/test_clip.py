@@ -1,6 +1,7 @@
 """CLIP networks as open_clip makes them, loaded by name or from files."""
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from models.conditioning.clip import load_clip
+from models.conditioning.clip import TextTower, load_clip, text_tower
 from models.conditioning.conditioners import build_conditioner, conditioner_class
 from models.config import ConditionerConfig
 from models.weights import hub
@@ -215,3 +218,35 @@ def test_a_clip_with_a_separate_text_tower_conditions_as_its_own_embedding(
     torch.testing.assert_close(pooled, clip.encode_text(ids), rtol=1e-4, atol=1e-5)
     outline = conditioner_class(config).outline(config)
     assert outline.parameters == sum(p.numel() for p in conditioner.parameters())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([False, True]),
+    st.integers(1, 3),
+    st.integers(1, 90),
+    st.integers(2, 50),
+    st.integers(1, 5),
+    st.sampled_from([4, 12]),
+)
+def test_a_text_tower_is_counted_as_open_clip_builds_it(
+    custom: bool, layers: int, tokens: int, words: int, heads: int, embed_dim: int
+) -> None:
+    text = {
+        "context_length": tokens,
+        "vocab_size": words,
+        "width": 8 * heads,
+        "heads": heads,
+        "layers": layers,
+    }
+    vision = {"image_size": 8, "layers": 1, "width": 64, "patch_size": 8}
+    whole = {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": text}
+    if custom:
+        whole["custom_text"] = True
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.json"
+        found: list[TextTower] = []
+        for options in ({}, {"mlp_ratio": 4.0}):  # with the second, open_clip builds the tower
+            file.write_text(json.dumps(whole | {"text_cfg": text | options}))
+            found.append(text_tower(str(file)))
+    assert found[0] == found[1]
