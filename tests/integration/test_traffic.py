@@ -10,7 +10,7 @@ from tests.support.traffic import planned_bytes, sent_bytes
 from tests.support.workshop import Workshop
 
 RANKS = 2
-OPTIONS = ["train.max_steps=3", "train.log_every=100", "data.lanes=8", "train.micro_batch_size=1"]
+OPTIONS = ["train.max_steps=3", "train.log_every=100", "data.lanes=8", "train.micro_batch_size=2"]
 
 
 def test_ranks_send_what_the_plan_says(workshop: Workshop, tmp_path: Path) -> None:

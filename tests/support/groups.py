@@ -37,7 +37,7 @@ def decode_for_ever(config: Config, workers: Path) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def stand_still(*_: object) -> None:
+    def stand_still(*_: object, **__: object) -> None:
         with workers.open("a") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(600)
