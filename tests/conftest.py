@@ -5,7 +5,6 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from tests.support import shared_configs
@@ -19,16 +18,11 @@ settings.load_profile("busy")
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run slow folders first; leave out, not skip, tests that need a GPU where there is none."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow folders first."""
     # Files are handed to the workers in this order, so short files fill the end of the run.
-    slowest_first = ("tests/slurm", "tests/integration", "tests/unit")
+    slowest_first = ("tests/slurm", "tests/integration", "tests/benchmarks", "tests/unit")
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in slowest_first])
-    if torch.cuda.is_available():
-        return
-    out = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=out)
-    items[:] = [item for item in items if item not in out]
 
 
 def pytest_collection_finish() -> None:

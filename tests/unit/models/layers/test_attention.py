@@ -23,7 +23,6 @@ from models.layers.attention import (
     reference_attention,
     sdpa_attention,
     why_not_xformers,
-    xformers_attention,
     xformers_bias,
 )
 from models.layers.blocks import use_attention
@@ -264,32 +263,6 @@ def test_narrow_heads_are_padded_on_the_cpu_and_others_left(
     for width in (4, CPU_HEAD_DIM, 40):
         padded_sdpa_attention(*[torch.randn(1, 3, 2, width) for _ in range(3)])
     assert widths == [CPU_HEAD_DIM, CPU_HEAD_DIM, 40]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", [sdpa_attention, xformers_attention])
-@pytest.mark.parametrize("head_dim", [32, 64])
-@pytest.mark.parametrize("masked", [False, True])
-def test_gpu_kernels_agree_with_the_equation(backend: Backend, head_dim: int, masked: bool) -> None:
-    device = torch.device("cuda")
-    shape = AttentionShape(2, 256, 77, 4, head_dim, masked)
-    if backend is xformers_attention:
-        assert why_not_xformers(device, torch.bfloat16, [shape]) == {}
-    torch.manual_seed(0)
-    sizes = [(2, tokens, 4, head_dim) for tokens in (256, 77, 77)]
-    inputs = [torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes]
-    mask = random_mask(2, 77).to(device) if masked else None
-    assert_same(backend, inputs, rtol=0.05, atol=0.05, mask=mask)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_choice_trains() -> None:
-    device = torch.device("cuda")
-    choice = choose_attention(AttentionBackend.auto, device, torch.bfloat16, SHAPES)
-    assert choice.line.startswith("attention: ")
-    q = torch.randn(2, 16, 2, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
-    choice.backend(q, q, q, None).sum().backward()
-    assert q.grad is not None
 
 
 def test_networks_of_one_process_keep_their_own_backends() -> None:
