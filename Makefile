@@ -9,8 +9,11 @@ BENCHMARKS := lane_plan loader precompute random_normals
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What `make demo` runs; more steps train longer, another name keeps the runs apart.
 EXPERIMENT := +experiment=emoji
+# `make gpu` takes the torch of $(PYTHON); WHEELS is a folder of packages that are not beside it.
+GPU_SITE := build/gpu-site
+OUT ?= build/gpu
 
-.PHONY: demo test coverage campaign bench lint clean
+.PHONY: demo test coverage campaign bench gpu lint clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +54,12 @@ $(BENCH_INSTALLED): pyproject.toml
 
 bench: $(BENCH_INSTALLED)
 	set -e; for name in $(BENCHMARKS); do $(BENCH_VENV)/bin/python -m tests.benchmarks.$$name; done
+
+gpu:
+ifdef WHEELS
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target $(GPU_SITE) $(WHEELS)/*.whl
+endif
+	PYTHONPATH=$(GPU_SITE) $(PYTHON) -m tests.benchmarks.gpu --out $(OUT) $(if $(GPUS),--gpus $(GPUS))
 
 clean:
 	rm -rf $(VENV) $(BENCH_VENV) build *.egg-info

@@ -82,11 +82,15 @@ class Watched:
         return int(found[1]) * 1024 if found else 0
 
 
-def prepare(folder: Path, more: list[str]) -> list[str]:
-    """Shards of latents and text of four random pictures; returns the overrides that take them."""
-    (folder / "clip.json").write_text(json.dumps(CLIP))
-    save_file(open_clip.CLIP(**CLIP).state_dict(), folder / "clip.safetensors")
-    overrides = [
+def write_clip(folder: Path, described: dict[str, Any]) -> None:
+    """A text tower of random weights where `overrides_for` expects it."""
+    (folder / "clip.json").write_text(json.dumps(described))
+    save_file(open_clip.CLIP(**described).state_dict(), folder / "clip.safetensors")
+
+
+def overrides_for(folder: Path) -> list[str]:
+    """What trains the experiment on the text and first stage in a folder; later words win."""
+    return [
         "+experiment=laion_512",
         f"run.dir={folder / 'run'}",
         f"data.dir={folder / 'data'}",
@@ -95,15 +99,23 @@ def prepare(folder: Path, more: list[str]) -> list[str]:
         f"autoencoder.weights={folder / 'first_stage.safetensors'}",
         f"conditioner.model={folder / 'clip.json'}",
         f"conditioner.pretrained={folder / 'clip.safetensors'}",
+        "train.log_every=1",
+        *UNMEASURED,
+    ]
+
+
+def prepare(folder: Path, more: list[str]) -> list[str]:
+    """Shards of latents and text of four random pictures; returns the overrides that take them."""
+    write_clip(folder, CLIP)
+    overrides = [
+        *overrides_for(folder),
         "precompute.precision=fp32",
         "precompute.batch_size=1",
         "precompute.workers=0",
         "train.precision=fp32",
         "train.global_batch_size=1",
         "train.micro_batch_size=1",
-        "train.log_every=1",
         "checkpoint.every=2",
-        *UNMEASURED,
         *more,
     ]
     ready(overrides, 4, 4)
