@@ -32,7 +32,8 @@ def measure(setting: Setting) -> None:
     left, right = torch.randn(2, side, side, device=setting.device).to(setting.dtype)
     (spent_s,) = setting.median_s(lambda: left @ right)
     setting.note("product_tflops", 2 * side**3 / spent_s / 1e12)
-    source = torch.empty(2**20 if setting.small else 2**32, dtype=torch.uint8).to(setting.device)
+    size = 2**20 if setting.small else 2**32
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     (spent_s,) = setting.median_s(lambda: target.copy_(source))
     setting.note("copy_tb_per_s", 2 * source.numel() / spent_s / 1e12)

@@ -29,8 +29,9 @@ def measure(setting: Setting) -> None:
     place = ["--rootdir", str(ROOT), "--confcutdir", "tests/gpu", "-p", "no:cacheprovider"]
     out = io.StringIO()
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(out):
-        pytest.main([*words, *place, "--tb=short"])
+        code = pytest.main([*words, *place, "--tb=short"])
     print(out.getvalue())
+    setting.note("tests_exit_code", int(code))
     counts = dict.fromkeys(("passed", "failed", "skipped", "error"), 0)
     counts |= {word: int(n) for n, word in re.findall(r"(\d+) (\w+?)s?\b", last_line(out))}
     for word in ("passed", "failed", "skipped", "error"):

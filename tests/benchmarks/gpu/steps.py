@@ -34,7 +34,10 @@ class Form(NamedTuple):
 
 
 def measure(setting: Setting) -> None:
-    """Note every form; without xformers its forms are missing, and so are diffusers'."""
+    """Note every form, or which package it lacks."""
+    for package in ("xformers", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            setting.note(package, "left out: not installed")
     for form in forms(setting):
         try:
             step, _ = our_step(setting, form)
