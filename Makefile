@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/installed
 # The peers that the benchmarks run want other versions of our dependencies.
 BENCH_VENV := .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/installed
-BENCHMARKS := lane_plan loader precompute random_normals
+BENCHMARKS := lane_plan loader precompute random_normals registering
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What `make demo` runs; more steps train longer, another name keeps the runs apart.
 EXPERIMENT := +experiment=emoji

@@ -104,10 +104,12 @@ def _group_members(
         if not extension:
             alone.add(Fate.left_alone, "member without a name or an extension", member.name)
             continue
-        if problem := key_problem(key):
-            reasons.setdefault(key, problem)
-            continue
-        sample = samples.setdefault(key, {})
+        sample = samples.get(key)
+        if sample is None:
+            if problem := key_problem(key):
+                reasons.setdefault(key, problem)
+                continue
+            sample = samples[key] = {}
         if extension in sample:
             reasons.setdefault(key, f"two members .{extension}")
         elif extension in EXTENSIONS:
@@ -152,6 +154,8 @@ def _without_links(buffer: Content) -> Iterator[Member]:
 
 def _plain(name: str) -> str:
     """Return a member's path without its parts `.`: two spellings of one path are one member."""
+    if not name.startswith(".") and "/." not in name:
+        return name
     return "/".join(part for part in name.split("/") if part != ".")
 
 

@@ -4,6 +4,7 @@ Damage never ends the scan: it goes on at the next sound header and reports the 
 module of Python stops silently at a damaged header, and loses the rest of the shard.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -97,16 +98,27 @@ def _parse_header(block: bytes) -> _Header | None:
     except ValueError:
         return None
     summed = block[:148] + b" " * 8 + block[156:]
-    if checksum not in (sum(summed), sum(summed) - 256 * sum(byte > 127 for byte in summed)):
+    if checksum != _sum(summed) and (
+        checksum != _sum(summed) - 256 * sum(byte > 127 for byte in summed)
+    ):
         return None  # some old programs took the bytes for signed numbers
     name = _text(block[:100])
-    prefix = _text(block[345:500])
-    if prefix and block[257:263] == b"ustar\0":
-        name = prefix + b"/" + name
+    if block[345] and block[257:263] == b"ustar\0":
+        name = _text(block[345:500]) + b"/" + name
     kind = block[156:157]
     if kind == b"\0" and name.endswith(b"/"):  # v7 has no type of folders
         kind = _DIRECTORY
-    return _Header(name, size, kind, _text(block[157:257]))
+    return _Header(name, size, kind, _text(block[157:257]) if block[157] else b"")
+
+
+def _sum(block: bytes) -> int:
+    """Add up the 512 bytes of a header.
+
+    Adler-32 ends with 1 + their sum modulo 65,521, which 256 bytes do not reach. It is a tenth of
+    the time of Python's sum.
+    """
+    half = BLOCK_BYTES // 2
+    return sum((zlib.adler32(part) & 0xFFFF) - 1 for part in (block[:half], block[half:]))
 
 
 def _text(field: bytes) -> bytes:
@@ -166,7 +178,7 @@ def _member(header: _Header, extension: _Extension, offset: int) -> Member:
         problem = extension.problem
     elif header.kind not in (*_REGULAR, _HARD_LINK):
         problem = _REFUSED.get(header.kind, f"tar member of type {header.kind!r}")
-    elif any(key.startswith(b"GNU.sparse") for key in records):
+    elif records and any(key.startswith(b"GNU.sparse") for key in records):
         problem = _REFUSED[_SPARSE]
     elif not name:
         problem = "member without a name"
