@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks.gpu.rows import (
     ROWS,
@@ -91,7 +92,19 @@ def test_no_row_stops_the_others(tmp_path: Path) -> None:
     assert "no_such_function" in (tmp_path / "log").read_text()
     assert states[3][0] == "failed"
     assert states[3][1].startswith("stopped after ")
+    assert "tests_exit_code" not in results[3].figures  # it was killed, not waited for
     assert summary(results).startswith("rows: 0 done, 2 failed, 1 left out, 1 not reached")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the row would run")
+def test_without_a_gpu_the_driver_says_so(tmp_path: Path) -> None:
+    """Not that it cannot be used in a forked process: that would be so on a GPU, too."""
+    words = ["--device", "cuda", "--rows", "steps", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*BENCHMARK[:3], *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "steps: failed: RuntimeError: Found no NVIDIA driver" in done.stdout
 
 
 def test_without_any_package_all_rows_are_left_out(tmp_path: Path) -> None:

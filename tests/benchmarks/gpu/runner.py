@@ -79,10 +79,12 @@ def measure(row: Row, job: Job, notes: Path) -> None:
     from tests.benchmarks.gpu.setting import Setting
 
     setting = Setting(torch.device(job.device), job.small, job.folder, notes, job.gpus)
-    torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # as in a training
     module, name = row.function.split(":")
     try:
+        if setting.on_gpu:
+            torch.cuda.init()  # peaks of memory cannot be reset before
+            torch.backends.cudnn.benchmark = True  # as in a training
+        torch.manual_seed(0)
         getattr(importlib.import_module(f"tests.benchmarks.gpu.{module}"), name)(setting)
     except Exception as error:
         traceback.print_exc()
