@@ -72,6 +72,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """First bytes of a text → its encoding. The mark of UTF-32 begins with that of UTF-16."""
+_MARKS_BEGIN = bytes(mark[0] for mark in BYTE_ORDER_MARKS)
 REPLACED_BYTES = "text with bytes that are not of data.encoding: each replaced by U+FFFD"
 CUT_OFF = "JPEG was cut off: the rest is grey"
 BROKEN_EXIF = "EXIF cannot be read: picture taken as it lies"
@@ -266,13 +267,15 @@ def decode_text(payload: Buffer, encoding: str = "utf-8", noted: Counter[str] | 
     if len(payload) > MAX_TEXT_BYTES:
         raise BadSampleError(f"text of {len(payload)} bytes is over {MAX_TEXT_BYTES}")
     head = bytes(payload[:4])
-    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    if head[:1] in _MARKS_BEGIN:
+        marked = (name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark))
+        encoding = next(marked, encoding)
     try:
-        return str(payload, marked or encoding).strip()
+        return str(payload, encoding).strip()
     except UnicodeDecodeError:
         if noted is not None:
             noted[REPLACED_BYTES] += 1
-        return str(payload, marked or encoding, errors="replace").strip()
+        return str(payload, encoding, errors="replace").strip()
 
 
 def decode_json(payload: Buffer) -> Any:
