@@ -75,7 +75,9 @@ def explain(error: Exception) -> str:
 
 
 def _explain(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    # Hydra wraps OmegaConf's errors; under a debugger, these have causes without a path
+    inner = error.__cause__ if isinstance(error, HydraException) else None
+    cause = inner if isinstance(inner, OmegaConfBaseException) else error
     if isinstance(error, OverrideParseException):
         path = (error.override or "").partition("=")[0]  # the value may be a secret
         return f"cannot read the override of {path!r}: quote values with special characters"

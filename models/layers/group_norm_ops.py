@@ -151,16 +151,8 @@ group_norm_backward.register_kernel("cuda")(_group_norm_backward_cuda)
 
 
 @group_norm.register_fake
-def _group_norm_shapes(
-    x: Tensor,
-    before: Tensor | None,
-    modulation: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _group_norm_shapes(x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    groups: int = given[4]
     y = torch.empty_like(x, memory_format=torch.channels_last)
     mean = x.new_empty((x.shape[0], groups), dtype=_wide(x))
     return y, mean, torch.empty_like(mean)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from typing_extensions import override
 
 from trainer.runtime.flops import flops_of
+from trainer.runtime.operators import OperatorMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,12 @@ def trace(module: nn.Module, loss: Callable[[], Tensor], micro_batch: int) -> Tr
     return Trace(micro_batch, alive.flops, alive.operators, (*stretches, alive.stretch(0)))
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(OperatorMode):
     """Counts the bytes of live storages at every operator, and the FLOPs of matrix products."""
 
     def __init__(self, module: nn.Module) -> None:
         """module: its weights and buffers are not counted."""
-        mode: Any = super()  # torch declares no types for its constructor
-        mode.__init__()
+        super().__init__()
         self._known = {_key(tensor) for tensor in (*module.parameters(), *module.buffers())}
         self._sizes: dict[int, int] = {}
         self._bytes = 0
@@ -104,21 +104,20 @@ class LiveBytes(TorchDispatchMode):
         self.flops = 0
         self.operators = 0
 
-    def __torch_dispatch__(
+    @override
+    def see(
         self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the operator and count its results."""
-        made = func(*args, **(kwargs or {}))
-        self.flops += flops_of(func, args, kwargs or {}, made)
-        self.operators += _launches(func)
+        operator: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        made: Any,
+    ) -> None:
+        """Count the operator and its results."""
+        self.flops += flops_of(operator, args, named, made)
+        self.operators += _launches(operator)
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
-        return made
 
     def set_apart(self, tensor: Tensor) -> None:
         """Stop counting this tensor."""

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+from trainer.runtime.operators import OperatorMode
 
 
 class _Kernel(NamedTuple):
@@ -71,22 +73,20 @@ def _attention(kernel: _Kernel, arguments: Sequence[Any]) -> int:
     return 2 * kernel.products * prod(queries[:-1]) * keys[kernel.tokens] * width
 
 
-class FlopCounter(TorchDispatchMode):
+class FlopCounter(OperatorMode):
     """Adds up the FLOPs of all operators that run inside of it."""
 
     def __init__(self) -> None:
-        mode: Any = super()  # torch declares no types for its constructor
-        mode.__init__()
+        super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(
+    @override
+    def see(
         self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run the operator, and count it."""
-        made = func(*args, **(kwargs or {}))
-        self.flops += flops_of(func, args, kwargs or {}, made)
-        return made
+        operator: Callable[..., Any],
+        args: tuple[Any, ...],
+        named: dict[str, Any],
+        made: Any,
+    ) -> None:
+        """Count the operator."""
+        self.flops += flops_of(operator, args, named, made)

@@ -116,6 +116,14 @@ def test_a_config_is_checked_when_it_is_converted(tree: DictConfig, value: float
     assert {line.partition("=")[0] for line in lines} == expected
 
 
+def test_a_debugger_changes_no_line(tree: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OC_CAUSE", "1")  # as omegaconf behaves under a debugger or coverage
+    with pytest.raises(OmegaConfBaseException) as caught:
+        OmegaConf.update(tree, "run.seed", "fast")
+    assert caught.value.__cause__ is not None
+    assert explain(caught.value).startswith("run.seed: ")
+
+
 @pytest.mark.parametrize("value", [True, "fast", [[]], {"a": 1}, None])
 def test_a_wrong_type_is_answered_by_the_domain(tree: DictConfig, value: object) -> None:
     for option in NUMBERS:

@@ -174,7 +174,7 @@ def test_a_shard_that_lost_a_batch_is_never_finished(
 def test_a_dead_worker_ends_the_job(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getpid()
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         assert os.getpid() != parent
         os.kill(os.getpid(), signal.SIGKILL)
 
