@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from typing_extensions import override
 
 from trainer.runtime.flops import flops_of
-from trainer.runtime.operators import OperatorMode
+from trainer.runtime.operators import Args, Named, Operator, OperatorMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +105,7 @@ class LiveBytes(OperatorMode):
         self.operators = 0
 
     @override
-    def see(
-        self,
-        operator: Callable[..., Any],
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        made: Any,
-    ) -> None:
+    def see(self, operator: Operator, args: Args, named: Named, made: Any) -> None:
         """Count the operator and its results."""
         self.flops += flops_of(operator, args, named, made)
         self.operators += _launches(operator)

@@ -6,14 +6,14 @@ no work of the model (Chowdhery et al. 2022, appendix B). torch's own counter mi
 kernels and xformers', counts those scores, and takes tokens for heads in one kernel.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-from trainer.runtime.operators import OperatorMode
+from trainer.runtime.operators import Args, Named, Operator, OperatorMode
 
 
 class _Kernel(NamedTuple):
@@ -81,12 +81,6 @@ class FlopCounter(OperatorMode):
         self.flops = 0
 
     @override
-    def see(
-        self,
-        operator: Callable[..., Any],
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        made: Any,
-    ) -> None:
+    def see(self, operator: Operator, args: Args, named: Named, made: Any) -> None:
         """Count the operator."""
         self.flops += flops_of(operator, args, named, made)

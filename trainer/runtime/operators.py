@@ -5,6 +5,10 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
+Operator = Callable[..., Any]
+Args = tuple[Any, ...]
+Named = dict[str, Any]
+
 
 class OperatorMode(TorchDispatchMode):
     """Shows each operator that runs inside of it to `see`."""
@@ -13,13 +17,7 @@ class OperatorMode(TorchDispatchMode):
         mode: Any = super()  # torch declares no types for its constructor
         mode.__init__()
 
-    def see(
-        self,
-        operator: Callable[..., Any],
-        args: tuple[Any, ...],
-        named: dict[str, Any],
-        made: Any,
-    ) -> None:
+    def see(self, operator: Operator, args: Args, named: Named, made: Any) -> None:
         """Look at an operator, its arguments by place and by name, and its result."""
         raise NotImplementedError
 
