@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.command_line import end_of, write_experiment
 from trainer import cli
@@ -168,7 +170,27 @@ def test_no_point_is_run_where_one_contradicts_itself(
     ],
 )
 def test_combinations_are_those_of_hydras_sweeper(line: str) -> None:
-    words = shlex.split(line, posix=False)
+    assert_combined(shlex.split(line, posix=False))
+
+
+PATHS = st.sampled_from(["sampler.steps", "run.seed", "optim.lr", "eval.prompts", "sampler"])
+VALUE = st.sampled_from(["1", "0.5", "ddim", "[a,b]", "'b,c'", "{x:1}", "a b"])
+SWEEPS = (
+    st.lists(VALUE, min_size=1, max_size=3).map(",".join)
+    | st.lists(VALUE, min_size=1, max_size=3).map(lambda values: f"choice({','.join(values)})")
+    | st.tuples(st.integers(0, 3), st.integers(4, 6)).map(
+        lambda ends: f"range({ends[0]},{ends[1]})"
+    )
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(["", "+", "++"]), PATHS, SWEEPS), max_size=3))
+def test_any_combinations_are_those_of_hydras_sweeper(parts: list[tuple[str, str, str]]) -> None:
+    assert_combined([f"{sign}{path}={values}" for sign, path, values in parts])
+
+
+def assert_combined(words: list[str]) -> None:
     overrides = OverridesParser.create().parse_overrides(words)
     (expected,) = BasicSweeper.split_arguments(overrides, None)
     points = [load for _, load in combine(words)]
