@@ -19,6 +19,7 @@ from tests.benchmarks.gpu.rows import (
     table,
 )
 from tests.benchmarks.gpu.runner import Job, Result, judge, run, summary
+from tests.support.makefile import commands
 from tests.support.paths import ROOT
 from tests.support.processes import forks
 
@@ -145,12 +146,6 @@ def test_the_documented_predictions_are_those_of_the_file() -> None:
     [([], False, "--out place"), (["WHEELS=wheels", "GPUS=8"], True, "--out place --gpus 8")],
 )
 def test_make_gpu(words: list[str], installs: bool, ends: str) -> None:
-    made = subprocess.run(
-        ["make", "-n", "gpu", "OUT=place", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    made = commands("gpu", "OUT=place", "GPUS=", "WHEELS=", *words)
     assert any("--no-index" in line and line.endswith("wheels/*.whl") for line in made) == installs
-    assert made[-1].strip().endswith(ends)
+    assert made[-1].endswith(ends)

@@ -2,12 +2,12 @@
 
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.support.makefile import commands
 from tests.support.paths import ROOT
 from tests.support.processes import Ended, run_command
 from tests.support.workshop import Workshop
@@ -102,10 +102,7 @@ def expanded(command: str) -> list[str]:
     """`make demo` stands for the commands it would run."""
     if command != "make demo":
         return [command]
-    listed = subprocess.run(
-        ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return [line for line in listed.stdout.splitlines() if " -m trainer" in line]
+    return [line for line in commands("demo") if " -m trainer" in line]
 
 
 def adapted(words: list[str], workshop: Workshop, folder: Path) -> list[str]:

@@ -1,22 +1,20 @@
 """What the project says of itself agrees: hooks, CI, version and changelog."""
 
 import re
-import subprocess
 import tomllib
 
 import yaml
 
+from tests.support.makefile import commands
 from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_a_commit_is_checked_as_by_make_lint() -> None:
-    make = ["make", "--no-print-directory", "--dry-run", "--old-file=.venv/installed", "lint"]
-    listed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
-    assert [hook["entry"] for hook in hooks] == listed.stdout.splitlines()
+    assert [hook["entry"] for hook in hooks] == commands("lint")
     assert all(hook["always_run"] and not hook["pass_filenames"] for hook in hooks)
 
 
