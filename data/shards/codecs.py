@@ -266,8 +266,8 @@ def decode_text(payload: Buffer, encoding: str = "utf-8", noted: Counter[str] | 
     """
     if len(payload) > MAX_TEXT_BYTES:
         raise BadSampleError(f"text of {len(payload)} bytes is over {MAX_TEXT_BYTES}")
-    head = bytes(payload[:4])
-    if head[:1] in _MARKS_BEGIN:
+    if payload and payload[0] in _MARKS_BEGIN:
+        head = bytes(payload[:4])
         marked = (name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark))
         encoding = next(marked, encoding)
     try:

@@ -4,7 +4,7 @@ The index is a structured array, saved beside the shard as `SHARD.index.npy`: a 
 each extension (offset, size, CRC-32 of the payload). Offset 0 marks a missing member.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,8 @@ Samples = dict[str, dict[str, tuple[int, int, int]]]
 """Key of a sample → extension of a member → its (offset, size, CRC-32)."""
 
 
-def crc32(payload: Buffer, start: int = 0) -> int:
-    """Return the CRC-32 of bytes, continued from the CRC-32 `start` of earlier bytes."""
-    return _isal.crc32(payload, start)
+crc32: Callable[..., int] = _isal.crc32
+"""(bytes, start=0) → CRC-32 of the bytes, continued from the CRC-32 `start` of earlier bytes."""
 
 
 def index_shard(

@@ -22,6 +22,10 @@ from data.storage.local_file import LocalFile
 MAX_MEMBER_BYTES = max(MAX_ARRAY_BYTES, MAX_IMAGE_BYTES)
 """Largest member that is read: the decoders would refuse a larger one."""
 
+NEAR_BYTES = 4096
+"""A text that ends so close behind an array is read with it: one system call costs more than the
+copy of the few bytes between them."""
+
 Members = NDArray[np.void]
 """Positions of one member of each sample: [B] of MEMBER_DTYPE; zeros mark a missing member."""
 
@@ -158,40 +162,77 @@ class StoredBatch:
                     members[places[present]] = found[present]
         return members
 
-    def texts(self, members: Members) -> tuple[list[str], NDArray[np.bool_]]:
-        """Read text members: (texts, sound).
+    def texts(self, *extensions: str) -> "Texts":
+        """Return each sample's first existing member of a text: see `members`."""
+        return Texts(self._files, self.members(*extensions))
 
-        sound: [B] bool, whether the member exists, matches its checksum and is text. texts: [B],
-        empty where not sound.
-        """
-        texts, sound = [""] * len(self), [False] * len(self)
-        starts, sizes = members["offset"].tolist(), members["size"].tolist()
-        crcs = members["crc"].tolist()
-        small = (members["offset"] > 0) & (members["size"] <= MAX_TEXT_BYTES)
-        for place in np.flatnonzero(small).tolist():
-            payload = self._files[place].read(starts[place], sizes[place])
-            if crc32(payload) == crcs[place]:
-                try:
-                    texts[place] = decode_text(payload)
-                except BadSampleError:
-                    continue
-                sound[place] = True
-        return texts, np.array(sound, bool)
-
-    def copy(self, members: Members, layout: ArrayLayout, arrays: np.ndarray) -> NDArray[np.bool_]:
+    def copy(
+        self,
+        members: Members,
+        layout: ArrayLayout,
+        arrays: np.ndarray,
+        texts: "Texts | None" = None,
+    ) -> NDArray[np.bool_]:
         """Copy array members of one layout to `arrays` [B, *shape].
 
+        texts: those that lie close behind the arrays are read with them.
         Returns [B] bool: whether the member exists, matches its checksum and has this layout. The
         values of other rows are undefined.
         """
         rows = arrays.reshape(-1).view(np.uint8).data
-        header, row_bytes = bytearray(layout.header), layout.file_bytes - len(layout.header)
+        row_bytes = layout.file_bytes - len(layout.header)
+        header, behind = bytearray(layout.header), memoryview(bytearray(NEAR_BYTES))
+        texts = Texts(self._files, np.zeros_like(members)) if texts is None else texts
+        gaps, more = texts.behind(members["offset"] + layout.file_bytes)
         starts, crcs = members["offset"].tolist(), members["crc"].tolist()
         sound = [False] * len(self)
         fitting = (members["offset"] > 0) & (members["size"] == layout.file_bytes)
         for place in np.flatnonzero(fitting).tolist():
-            values = rows[place * row_bytes : (place + 1) * row_bytes]
-            self._files[place].read_into([header, values], starts[place])
-            is_of_layout = bytes(header) == layout.header
-            sound[place] = is_of_layout and crc32(values, layout.header_crc) == crcs[place]
+            values, end = rows[place * row_bytes : (place + 1) * row_bytes], more[place]
+            buffers = (header, values, behind[:end])
+            self._files[place].read_into(buffers, starts[place], layout.file_bytes + end)
+            if header.startswith(layout.header) and crc32(values, layout.header_crc) == crcs[place]:
+                sound[place] = True
+            if end:
+                texts.payloads[place] = bytes(behind[gaps[place] : end])
         return np.array(sound, bool)
+
+
+class Texts:
+    """A text member of each sample of a batch.
+
+    files: [B] file of each sample. members: [B] of MEMBER_DTYPE.
+    """
+
+    def __init__(self, files: Sequence[LocalFile], members: Members) -> None:
+        self._files, self._members = files, members
+        self.payloads: list[bytes | None] = [None] * len(members)
+        """[B] the bytes; None: not read yet."""
+
+    def behind(self, ends: Ids) -> tuple[list[int], list[int]]:
+        """Compare the places of the texts with the `ends` [B] of other members.
+
+        Returns two lists [B]: the bytes from the end to the text; and those from the end to the end
+        of the text, or 0 where that is not within NEAR_BYTES.
+        """
+        gaps = self._members["offset"] - ends
+        more = gaps + self._members["size"]
+        return gaps.tolist(), np.where((gaps >= 0) & (more <= NEAR_BYTES), more, 0).tolist()
+
+    def decode(self) -> tuple[list[str], NDArray[np.bool_]]:
+        """Read the texts that are not read yet, and decode all: (texts, sound).
+
+        sound: [B] bool, whether the member exists, matches its checksum and is text. texts: [B],
+        empty where not sound.
+        """
+        members, payloads = self._members, self.payloads
+        texts, sound = [""] * len(payloads), [False] * len(payloads)
+        starts, sizes, crcs = (members[name].tolist() for name in MEMBER_DTYPE.names or ())
+        small = (members["offset"] > 0) & (members["size"] <= MAX_TEXT_BYTES)
+        for place in np.flatnonzero(small).tolist():
+            payload = payloads[place]
+            if payload is None:
+                payload = self._files[place].read(starts[place], sizes[place])
+            if crc32(payload) == crcs[place]:
+                texts[place], sound[place] = decode_text(payload), True
+        return texts, np.array(sound, bool)

@@ -50,17 +50,18 @@ class LocalFile:
         if len(content) == size_bytes:
             return content
         whole = bytearray(size_bytes)  # the system returns at most 2 GiB at once
-        self.read_into([whole], offset)
+        self.read_into([whole], offset, size_bytes)
         return bytes(whole)
 
-    def read_into(self, buffers: Sequence[bytearray | memoryview], offset: int) -> None:
+    def read_into(
+        self, buffers: Sequence[bytearray | memoryview], offset: int, size_bytes: int
+    ) -> None:
         """Fill buffers, one after the other, with the bytes from `offset` on.
 
+        size_bytes: of all buffers together.
         Raises: OSError where the file has been cut off, or the disk fails.
         """
-        wanted = sum(map(len, buffers))
-        found = os.preadv(self._handle, buffers, offset)
-        if found == wanted:
+        if os.preadv(self._handle, buffers, offset) == size_bytes:
             return
         for buffer in buffers:
             view = memoryview(buffer)

@@ -12,7 +12,7 @@ from data.config import DataConfig
 from data.order.batches import Share
 from data.shards.codecs import BadSampleError, decode_npy
 from data.shards.manifest import Kind, ManifestError
-from data.shards.stored import ArrayLayout, StoredBatch, StoredSample
+from data.shards.stored import ArrayLayout, StoredBatch, StoredSample, Texts
 from data.streams.buffers import Buffers
 from data.streams.data_set import OpenDataSet, open_data_set, open_mixture
 from data.streams.rows import Rows
@@ -90,6 +90,7 @@ class LatentStream(Stream):
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         """Read the samples of the common layout together, then the others one by one."""
         arrays: dict[str, np.ndarray] = {}
+        texts = samples.texts("txt", "cls")
         together = not any(member.of_captions for member in self._members)
         sound = np.full(len(samples), together)
         for member in self._members:
@@ -99,9 +100,8 @@ class LatentStream(Stream):
                 places[visits.flip] = mirrored[visits.flip]
             arrays[member.name] = self._buffers[member.name].take(len(samples))
             if together:
-                sound &= samples.copy(places, member.layout, arrays[member.name])
-        # after the arrays: captions lie beside them, and are now in the processor's cache
-        captions, readable = self._captions(samples, visits.draw)
+                sound &= samples.copy(places, member.layout, arrays[member.name], texts)
+        captions, readable = self._captions(samples, texts, visits.draw)
         rows = Rows.empty(samples.keys(), arrays, self.annotations, self.manifest.image_size)
         rows.captions = captions
         for row in np.flatnonzero(~(sound & readable)).tolist():
@@ -148,11 +148,11 @@ class LatentStream(Stream):
         rows.captions[row] = captions[place]
 
     def _captions(
-        self, samples: StoredBatch, draws: np.ndarray
+        self, samples: StoredBatch, texts: Texts, draws: np.ndarray
     ) -> tuple[list[str], NDArray[np.bool_]]:
         """Return the captions [B], and whether each could be read: [B] bool."""
         if all(rule.is_plain for rule in self.data_set.caption_rules):
-            captions, sound = samples.texts(samples.members("txt", "cls"))
+            captions, sound = texts.decode()
             if self.caption_problem is not no_problem:
                 sound &= [not self.caption_problem(caption) for caption in captions]
             return captions, sound

@@ -290,10 +290,10 @@ def test_members_are_those_of_each_sample(latent_set: DataSet) -> None:
     members = batch.members("txt", "cls")
     assert members.tolist() == [sample.shard.index["txt"][sample.row].item() for sample in batch]
     assert batch.members("cls").tolist() == [(0, 0, 0)] * 4
-    texts, sound = batch.texts(members)
+    texts, sound = batch.texts("txt", "cls").decode()
     assert texts == [f"caption {n}" for n in (13, 2, 13, 7)]
     assert sound.all()
-    assert not batch.texts(batch.members("cls"))[1].any()
+    assert not batch.texts("cls").decode()[1].any()
 
 
 def test_the_first_member_that_a_sample_has_is_taken(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_the_first_member_that_a_sample_has_is_taken(tmp_path: Path) -> None:
             writer.write(key, {"moments.npy": b"", **captions})
     reader = ShardReader(str(tmp_path), Manifest(kind=Kind.latents, shards=[writer.shard]))
     batch = reader.find(np.arange(3))
-    texts, sound = batch.texts(batch.members("txt", "cls"))
+    texts, sound = batch.texts("txt", "cls").decode()
     assert texts == ["a txt", "b cls", "c txt"]
     assert sound.all()
 
@@ -327,7 +327,7 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(latent_set: DataSet) 
     with pytest.raises(OSError, match=message):
         batch[2].payload("txt")
     with pytest.raises(OSError, match=message):
-        batch.texts(batch.members("txt"))
+        batch.texts("txt").decode()
     members = batch.members("moments.npy")
     array = decode_npy(stored)
     layout = ArrayLayout.of(array.dtype, array.shape)
@@ -337,7 +337,7 @@ def test_a_shard_that_is_cut_off_while_it_is_read_is_named(latent_set: DataSet) 
 
 def test_no_samples_are_no_batch(latent_set: DataSet) -> None:
     batch = reader_of(latent_set()).find(np.array([], np.int64))
-    assert (len(batch), batch.keys(), batch.texts(batch.members("txt"))[0]) == (0, [], [])
+    assert (len(batch), batch.keys(), batch.texts("txt").decode()[0]) == (0, [], [])
     layout = ArrayLayout.of(np.float16, (2, 3))
     none = np.empty((0, 2, 3), np.float16)
     assert batch.copy(batch.members("moments.npy"), layout, none).shape == (0,)
