@@ -42,7 +42,7 @@ class ArrayMember(NamedTuple):
 
 
 class LatentStream(Stream):
-    """Latents of trainer.precompute, copied from mapped shards by one thread.
+    """Latents of trainer.precompute, read from shards by one thread.
 
     members: the arrays of a sample.
     """

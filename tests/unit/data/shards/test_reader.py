@@ -1,4 +1,4 @@
-"""Batches gathered from mapped shards, against tarfile and numpy.load reading one by one."""
+"""Batches gathered from shards, against tarfile and numpy.load reading one by one."""
 
 import io
 import os
