@@ -6,6 +6,8 @@ from models.config import (
     AutoencoderConfig,
     ConditionerConfig,
     DiffusionConfig,
+    DiffusionLoss,
+    LossWeight,
     NoiseSchedule,
     PredictionType,
     SamplerConfig,
@@ -73,6 +75,11 @@ def diffusion_problems(config: DiffusionConfig) -> Iterator[str]:
         yield f"diffusion.beta_start={config.beta_start} is over beta_end={config.beta_end}"
     if config.schedule is NoiseSchedule.edm and config.sigma_min >= config.sigma_max:
         yield f"diffusion.sigma_min={config.sigma_min} is not below sigma_max={config.sigma_max}"
+    if config.loss is DiffusionLoss.l1 and config.loss_weight is not LossWeight.uniform:
+        yield (
+            f"diffusion.loss_weight={config.loss_weight} is a weight of squared errors: take "
+            "uniform, or diffusion.loss=l2"
+        )
 
 
 def sampler_problems(config: SamplerConfig, diffusion: DiffusionConfig) -> Iterator[str]:

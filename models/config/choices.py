@@ -112,6 +112,18 @@ class PredictionType(StrEnum):
     flow = auto()
 
 
+class DiffusionLoss(StrEnum):
+    """Errors of the U-Net's output.
+
+    l2: Squared (Ho et al. 2020).
+    l1: Absolute, as for churches, layouts, maps and inpainting in the published configs of Rombach
+        et al. 2022.
+    """
+
+    l2 = auto()
+    l1 = auto()
+
+
 class LossWeight(StrEnum):
     """Weights of the loss by timestep.
 

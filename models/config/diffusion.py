@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.config.choices import LossWeight, NoiseSchedule, PredictionType
+from models.config.choices import DiffusionLoss, LossWeight, NoiseSchedule, PredictionType
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,8 +35,10 @@ class DiffusionConfig:
     2024, equation 23)."""
     prediction_type: PredictionType = PredictionType.v_prediction
     """Target of the U-Net's output."""
+    loss: DiffusionLoss = DiffusionLoss.l2
+    """Error of the U-Net's output in training."""
     loss_weight: LossWeight = LossWeight.uniform
-    """Weight of the loss by timestep."""
+    """Weight of the loss by timestep; with loss=l1, uniform."""
     min_snr_gamma: float = 5.0
     """[1, > 0, ≤ 10^6] Cap of the signal-to-noise ratio in the min_snr weight (Hang et al. 2023,
     equation 6)."""

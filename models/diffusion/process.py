@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models.checks import diffusion_problems, refuse_first
-from models.config import DiffusionConfig, LossWeight, PredictionType
+from models.config import DiffusionConfig, DiffusionLoss, LossWeight, PredictionType
 from models.diffusion.schedules import NoiseLevel, build_schedule
 
 Scale = TypeVar("Scale", float, Tensor)
@@ -63,8 +63,18 @@ class Diffusion:
         epsilon = (level.signal * model_output - of_latents * noisy) / scale
         return denoised, epsilon
 
+    def errors(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return the mean error of each sample's output, squared (l2) or absolute (l1).
+
+        output, target: [B, ...] → [B] in the target's dtype.
+        """
+        difference = output.to(target.dtype) - target
+        if self.config.loss is DiffusionLoss.l1:
+            return difference.abs().flatten(1).mean(1)
+        return difference.square().flatten(1).mean(1)
+
     def loss_weight(self, timesteps: Tensor) -> Tensor:
-        """Return the weight of the squared error of `target`: timesteps [B] → [B] float32.
+        """Return the weight of `errors`: timesteps [B] → [B] float32.
 
         With SNR = α² / σ², min_snr weighs the squared error of x₀ by min(SNR, γ) (Hang et al. 2023,
         equation 6), and edm by 1 + SNR (Karras et al. 2022, table 1, for σ_data = 1). The error of

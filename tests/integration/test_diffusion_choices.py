@@ -1,5 +1,6 @@
 """Training on real latents with every kind of schedule, from noise to the last checkpoint."""
 
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -21,9 +22,11 @@ SCHEDULES = {
     "flow": ["diffusion.prediction_type=flow", "sampler=unipc"],
 }
 
+NO_RESCALING = "diffusion.zero_terminal_snr=false"
+
 
 def options_of(schedule: str) -> list[str]:
-    return [f"diffusion={schedule}", "diffusion.zero_terminal_snr=false", *SCHEDULES[schedule]]
+    return [f"diffusion={schedule}", NO_RESCALING, *SCHEDULES[schedule]]
 
 
 class Listener(nn.Module):
@@ -69,6 +72,12 @@ def test_an_untrained_network_loses_the_variance_of_its_target(
         workshop, *options_of(schedule), "train.global_batch_size=32", "train.micro_batch_size=32"
     )
     assert loss == pytest.approx(expected, rel=0.15)
+
+
+def test_an_untrained_network_loses_the_mean_of_absolute_noise(workshop: Workshop) -> None:
+    more = ["train.global_batch_size=32", "train.micro_batch_size=32"]
+    _, _, loss = first_batch(workshop, "diffusion=ldm", NO_RESCALING, "diffusion.loss=l1", *more)
+    assert loss == pytest.approx((2 / math.pi) ** 0.5, rel=0.02)  # of a standard normal number
 
 
 @pytest.mark.parametrize("schedule", ["edm", "flow"])

@@ -48,6 +48,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
         ("unet.attention=[false,false]", r"unet\.attention was \[false,true\], is \[false,false\]"),
         ("unet.heads=[1,4]", r"unet\.heads was \[1,2\], is \[1,4\]"),
         ("unet.layers_per_block=2", r"unet\.layers_per_block was 1, is 2"),
+        ("diffusion.loss=l1", r"diffusion\.loss was l2, is l1"),
         ("diffusion.loss_weight=min_snr", r"diffusion\.loss_weight was uniform, is min_snr"),
         ("conditioner.features=penultimate", r"conditioner\.features was last, is penultimate"),
         ("run.seed=1", r"run\.seed was 0, is 1"),

@@ -115,6 +115,7 @@ RULES: Mapping[str, Rules] = {
     "diffusion": SAME_MODEL,
     "diffusion.log_sigma_mean": SAME_OBJECTIVE,
     "diffusion.log_sigma_std": SAME_OBJECTIVE,
+    "diffusion.loss": SAME_OBJECTIVE,
     "diffusion.loss_weight": SAME_OBJECTIVE,
     "diffusion.min_snr_gamma": SAME_OBJECTIVE,
     "diffusion.offset_noise": SAME_OBJECTIVE,

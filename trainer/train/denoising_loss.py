@@ -24,7 +24,7 @@ TOKEN_IDS = "caption/"
 
 
 class DenoisingLoss:
-    """Weighted squared error of the denoiser's prediction, averaged over a micro batch.
+    """Weighted error of the denoiser's prediction, averaged over a micro batch.
 
     Latents, noise, timesteps and dropped conditions are functions of (seed, epoch, sample). `draw`
     makes them on the CPU, ahead of time. The loss itself then neither copies from the CPU nor waits
@@ -70,7 +70,7 @@ class DenoisingLoss:
         noisy = noisy.contiguous(memory_format=memory_format(self._config.train))
         prediction = model(noisy, timesteps, self._condition(batch, latents))
         target = self._diffusion.target(latents, noise, timesteps)
-        errors = (prediction.float() - target).square().flatten(1).mean(1)
+        errors = self._diffusion.errors(prediction, target)
         mean = (self._diffusion.loss_weight(timesteps) * errors).mean()
         sums = {"train/loss": (mean.detach(), torch.ones_like(mean))}
         for number in range(TIMESTEP_BINS):

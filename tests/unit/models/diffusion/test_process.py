@@ -1,13 +1,15 @@
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.config import DiffusionConfig, LossWeight, NoiseSchedule, PredictionType
+from models.config import DiffusionConfig, DiffusionLoss, LossWeight, NoiseSchedule, PredictionType
 from models.diffusion.process import Diffusion
 from models.diffusion.schedules import NoiseLevel
 from tests.support.oracles import diffusers
@@ -162,6 +164,19 @@ def test_the_uniform_weight_is_one(schedule: NoiseSchedule) -> None:
     assert diffusion.loss_weight(timesteps).tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("loss", "theirs"), [(DiffusionLoss.l1, F.l1_loss), (DiffusionLoss.l2, F.mse_loss)]
+)
+def test_errors_are_those_of_torch(loss: DiffusionLoss, theirs: Callable[..., Tensor]) -> None:
+    diffusion = Diffusion(DiffusionConfig(loss=loss))
+    output, target = draws(3)
+    expected = theirs(output, target, reduction="none").mean((1, 2, 3))
+    torch.testing.assert_close(diffusion.errors(output, target), expected)
+    coarse = diffusion.errors(output.bfloat16(), target.float())
+    assert coarse.dtype == torch.float32
+    torch.testing.assert_close(coarse, expected.float(), rtol=1e-2, atol=0)
+
+
 EDM = DiffusionConfig(schedule=NoiseSchedule.edm)
 FLOW = DiffusionConfig(schedule=NoiseSchedule.flow)
 
@@ -185,6 +200,11 @@ FLOW = DiffusionConfig(schedule=NoiseSchedule.flow)
         (DiffusionConfig(), {"offset_noise": -0.1}, "diffusion.offset_noise=-0.1"),
         (DiffusionConfig(), {"beta_end": 1.0}, "diffusion.beta_end=1.0 must be"),
         (DiffusionConfig(), {"num_timesteps": 0}, "diffusion.num_timesteps=0"),
+        (
+            DiffusionConfig(loss=DiffusionLoss.l1),
+            {"loss_weight": LossWeight.min_snr},
+            r"diffusion\.loss_weight=min_snr .* take uniform, or diffusion\.loss=l2",
+        ),
     ],
 )
 def test_contradictions_are_named(
