@@ -7,6 +7,7 @@ from models.config import (
     ConditionerConfig,
     DiffusionConfig,
     DiffusionLoss,
+    LatentScaling,
     LossWeight,
     NoiseSchedule,
     PredictionType,
@@ -52,6 +53,12 @@ def first_stage_problems(config: AutoencoderConfig, image_size: int) -> Iterator
 def diffusion_problems(config: DiffusionConfig) -> Iterator[str]:
     """Yield a line for each wrong value or contradiction: path of the option, and the fix."""
     yield from outside(config, "diffusion")
+    if config.scaling_factor != 1 and config.latent_scale is not LatentScaling.factor:
+        yield (
+            f"diffusion.scaling_factor={config.scaling_factor} is not read with "
+            f"diffusion.latent_scale={config.latent_scale}: take latent_scale=factor, or leave it "
+            "at 1"
+        )
     discrete = config.schedule not in CONTINUOUS
     if config.zero_terminal_snr and not discrete:
         yield (

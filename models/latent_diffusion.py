@@ -1,6 +1,7 @@
 """The trained module: the U-Net with its conditioner, on normalised latents."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from models.unet import UNet2DCondition
 
 
 class LatentScale(nn.Module):
-    """Mean and standard deviation of each latent channel over the whole training set.
+    """Mean and standard deviation of each latent channel, or one factor for all channels.
 
     Put it on the device of the latents: then no call copies numbers to there.
     """
@@ -27,8 +28,18 @@ class LatentScale(nn.Module):
         for name, numbers in self.values.items():
             self.register_buffer(name, torch.tensor(numbers).view(-1, 1, 1))
 
+    @classmethod
+    def by_factor(cls, factor: float, channels: int) -> Self:
+        """Multiply all channels by one factor, > 0 (diffusers' scaling_factor)."""
+        return cls([0.0] * channels, [1 / factor] * channels)
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether it is one factor for all channels."""
+        return not any(self.values["mean"]) and len(set(self.values["std"])) == 1
+
     def normalise(self, latents: Tensor) -> Tensor:
-        """Normalise the first stage's latents [B, C, h, w]: mean 0, variance 1 in each channel."""
+        """Normalise the first stage's latents [B, C, h, w], to variance 1 or near it."""
         return (latents - self.mean) / self.std
 
     def denormalise(self, latents: Tensor) -> Tensor:

@@ -124,6 +124,23 @@ class DiffusionLoss(StrEnum):
     l1 = auto()
 
 
+class LatentScaling(StrEnum):
+    """Scales of the latents between the first stage and the U-Net.
+
+    auto: The factor of the model that unet.weights or checkpoint.load comes from, if its files tell
+        one; else channels.
+    channels: Mean 0 and variance 1 in every channel, over the whole training set.
+    first_batch: One factor: 1 / standard deviation in the first global batch (Rombach et al. 2022,
+        appendix G).
+    factor: scaling_factor.
+    """
+
+    auto = "auto"
+    channels = "channels"
+    first_batch = "first_batch"
+    factor = "factor"
+
+
 class LossWeight(StrEnum):
     """Weights of the loss by timestep.
 

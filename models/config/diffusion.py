@@ -2,13 +2,24 @@
 
 from dataclasses import dataclass
 
-from models.config.choices import DiffusionLoss, LossWeight, NoiseSchedule, PredictionType
+from models.config.choices import (
+    DiffusionLoss,
+    LatentScaling,
+    LossWeight,
+    NoiseSchedule,
+    PredictionType,
+)
 
 
 @dataclass(slots=True, kw_only=True)
 class DiffusionConfig:
     """The forward process and the training target."""
 
+    latent_scale: LatentScaling = LatentScaling.auto
+    """Scale of the latents; sampling and exports take that of the training."""
+    scaling_factor: float = 1.0
+    """[1, > 0, ≤ 10^6] latent_scale=factor: number that multiplies the latents, such as Stable
+    Diffusion's 0.18215."""
     schedule: NoiseSchedule = NoiseSchedule.scaled_linear
     """Noise schedule."""
     num_timesteps: int = 1000

@@ -24,6 +24,7 @@ UNET_INPUT = "conv_in.weight"
 COMPVIS_FIRST_STAGE = "first_stage_model."
 COMPVIS_UNET = "model.diffusion_model."
 COMPVIS_EMA = "model_ema."
+COMPVIS_FACTOR = "scale_factor"
 
 FIRST_STAGE_RULES = [
     (r"down_blocks\.(\d+)\.resnets", r"down.\1.block"),
@@ -83,17 +84,20 @@ def load_first_stage(network: nn.Module, path: Path) -> None:
     fill(network, weights, path, option=option, described_by="autoencoder.*")
 
 
-def load_unet(network: nn.Module, config: UNetConfig, path: Path) -> None:
+def load_unet(network: nn.Module, config: UNetConfig, path: Path) -> float | None:
     """Load a U-Net from a file with our, diffusers' or CompVis' names.
 
     If a CompVis file has averaged weights (EMA), it loads these. With `config.widen_input` the file
     may lack input channels; their weights are zeros.
+
+    Returns the factor of the latents that a CompVis file may have; None if it has none.
 
     Raises: FileNotFoundError if there is no such file; ValueError if it cannot be read or has the
     weights of another network.
     """
     option, expected = "unet.weights", network.state_dict()
     weights = unwrapped(read_weights(path, option), expected, path, option)
+    factor = weights.get(COMPVIS_FACTOR)
     places = unet_places(expected, config)
     averages = {
         place.key: COMPVIS_EMA + (COMPVIS_UNET.removeprefix("model.") + place.key).replace(".", "")
@@ -110,6 +114,7 @@ def load_unet(network: nn.Module, config: UNetConfig, path: Path) -> None:
     if config.widen_input:
         weights = widened(weights, UNET_INPUT, expected[UNET_INPUT])
     fill(network, weights, path, option=option, described_by="unet.*")
+    return factor.item() if factor is not None and factor.numel() == 1 else None
 
 
 def _below(prefix: str, weights: Weights) -> dict[str, Tensor]:

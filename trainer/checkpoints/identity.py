@@ -113,6 +113,9 @@ RULES: Mapping[str, Rules] = {
     "unet.weights": SETTING,
     "unet.widen_input": ELSEWHERE,
     "diffusion": SAME_MODEL,
+    # the checkpoint has the scale itself
+    "diffusion.latent_scale": SAME_OBJECTIVE,
+    "diffusion.scaling_factor": SAME_OBJECTIVE,
     "diffusion.log_sigma_mean": SAME_OBJECTIVE,
     "diffusion.log_sigma_std": SAME_OBJECTIVE,
     "diffusion.loss": SAME_OBJECTIVE,

@@ -33,9 +33,8 @@ image = pipeline({prompt!r}, {arguments}).images[0]
 
 {training}
 
-The weights are the exponential moving average. The latents of the first
-stage have mean 0 and variance 1 in every channel: the scale is part of its 1x1 convolutions, and
-`scaling_factor` is 1.
+The weights are the exponential moving average. The scale of the latents is part of the 1x1
+convolutions of the first stage, and `scaling_factor` is 1.
 
 ## Evaluation
 

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from data.streams.latents import LatentStream
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner
 from models.conditioning.text import Text, same_weights, text_fingerprint
+from models.config import LatentScaling
 from models.first_stage import autoencoder
 from models.first_stage.autoencoder import Autoencoder, load_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
@@ -29,6 +31,7 @@ from trainer.runtime.progress import Stopping
 from trainer.runtime.ranks import Ranks
 from trainer.streams import open_latents
 from trainer.train.denoising_loss import DenoisingLoss
+from trainer.train.latent_scale import choose_scale
 from trainer.train.task import Trained, TrainingTask, Turn, Weights
 
 DENOISER = "denoiser"
@@ -43,6 +46,7 @@ class DenoisingTask(TrainingTask):
         ranks: Ranks,
         stream: LatentStream,
         module: LatentDiffusion,
+        scale: LatentScale,
         frozen: tuple[Autoencoder, Conditioner],
         evaluator: Evaluator | None,
         kernels: Mapping[str, str],
@@ -58,17 +62,25 @@ class DenoisingTask(TrainingTask):
         self._evaluator = evaluator
         info = stream.manifest.latents
         assert info is not None
-        self._scale = LatentScale(info.mean, info.std)
         text = frozen[1] if isinstance(frozen[1], Text) else None
         self._networks = {FIRST_STAGE: info.encoder}
         if text is not None:
             stored = info.text_encoder if config.data.store_text else ""
             self._networks[TEXT_ENCODER] = stored or text_fingerprint(text)
-        loss = DenoisingLoss(config, self._scale, frozen[1], ranks.device)
-        stream.draw, stream.pinned = loss.draw, ranks.device.type == "cuda"
-        self._turn = Turn(DENOISER, loss)
+        stream.pinned = ranks.device.type == "cuda"
+        self._use(scale)
         self.trained = {DENOISER: Trained(module, averaged=True)}
         self.kernels = kernels
+
+    def _use(self, scale: LatentScale) -> None:
+        self._scale = scale
+        loss = DenoisingLoss(self._config, scale, self._conditioner, self._ranks.device)
+        self.stream.draw, self._turn = loss.draw, Turn(DENOISER, loss)
+
+    def _keep(self, factor: LatentScale) -> None:
+        self._use(factor)
+        number = 1 / factor.values["std"][0]
+        self._ranks.say(f"latents are multiplied by {number:.6g}, as in the checkpoint")
 
     def turns(self, step: int) -> Sequence[Turn]:
         """Return the one turn of every step."""
@@ -102,7 +114,8 @@ class DenoisingTask(TrainingTask):
     def load(self, state: dict[str, Any]) -> None:
         """Check that the latents have the scale of the checkpoint, and the networks its hashes.
 
-        A text encoder may go on in another precision, on another kind of device.
+        A text encoder may go on in another precision, on another kind of device. One factor for all
+        channels is taken from the checkpoint: it does not come from these latents, or not exactly.
 
         Raises: ValueError naming the option of the latents or of a network.
         """
@@ -113,11 +126,21 @@ class DenoisingTask(TrainingTask):
                     f"{options[name]}: the weights of this run had the hash {state[name][:12]}, "
                     f"these have {digest[:12]}: name those, or choose another run.name"
                 )
-        if state["latent_scale"] != self._scale.values:
+        saved = LatentScale(**state["latent_scale"])
+        if saved.is_factor:
+            self._keep(saved)
+        elif saved.values != self._scale.values:
             raise ValueError(
                 f"{self.stream.option}: the mean or std of these latents differs from that of the "
                 "latents this run began with: name those, or choose another run.name"
             )
+
+    @override
+    def begin_with(self, state: dict[str, Any]) -> None:
+        """With diffusion.latent_scale=auto, take the factor of the weights, if they have one."""
+        saved = LatentScale(**state["latent_scale"])
+        if saved.is_factor and self._config.diffusion.latent_scale is LatentScaling.auto:
+            self._keep(saved)
 
     def finish(self, averaged: Callable[[], Weights], folder: Path) -> str:
         """Return the place of the checkpoints, which hold the averaged weights."""
@@ -140,8 +163,9 @@ def build_denoising(config: Config, ranks: Ranks) -> DenoisingTask:
     if not (isinstance(conditioner, Text) and config.data.store_text):
         conditioner.to(ranks.device)  # beside stored text, training needs the empty caption alone
     unet = UNet2DCondition(config.unet)
+    told = None
     if config.unet.weights:
-        load_unet(unet, config.unet, Path(config.unet.weights))
+        told = load_unet(unet, config.unet, Path(config.unet.weights))
         if conditioner.trainable:
             ranks.say("the file of the U-Net has no conditioner: that begins untrained")
     module = LatentDiffusion(unet, conditioner if conditioner.trainable else None).to(ranks.device)
@@ -151,9 +175,10 @@ def build_denoising(config: Config, ranks: Ranks) -> DenoisingTask:
     if config.train.compile:
         compile_blocks(module)
     evaluator = build_evaluator(config, ranks) if config.eval.every else None
+    scale = choose_scale(config, ranks, stream, told)
     frozen = first_stage, conditioner
     kernels = {f"attention of {name}": kernel for name, kernel in attention.kernels.items()}
-    return DenoisingTask(config, ranks, stream, module, frozen, evaluator, kernels)
+    return DenoisingTask(config, ranks, stream, module, scale, frozen, evaluator, kernels)
 
 
 def _choose_attention(

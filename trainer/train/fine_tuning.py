@@ -55,6 +55,7 @@ def begin_with(config: Config, ranks: Ranks) -> tuple[TrainingTask, Loaded | Non
     origin = open_named(path, ranks)
     differences = check_begin(config, origin.state.config, origin.path)
     task = build_task(config, ranks)
+    task.begin_with(origin.state.task)
     name = _load(config, ranks, task, origin)
     optimizer = config.checkpoint.load_optimizer
     ranks.say(

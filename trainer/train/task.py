@@ -103,6 +103,10 @@ class TrainingTask(ABC):
         Raises: ValueError naming the config path if this config cannot resume from it.
         """
 
+    def begin_with(self, state: dict[str, Any]) -> None:
+        """Take from the state of another run whatever its weights need; the default is nothing."""
+        return
+
     @abstractmethod
     def finish(self, averaged: Callable[[], Weights], folder: Path) -> str:
         """Write the result of a run into `folder`; return a line that names it; collective.

@@ -99,7 +99,7 @@ def test_unets_come_back_from_compvis_bit_for_bit(tmp_path: Path, options: dict[
     config, network = unet(options)
     path = saved(tmp_path / "w.safetensors", compvis_unet(config, network), COMPVIS_UNET)
     fresh = UNet2DCondition(config)
-    load_unet(fresh, config, Path(path))
+    assert load_unet(fresh, config, Path(path)) is None
     assert_same_weights(fresh, network)
 
 
@@ -160,13 +160,14 @@ def test_a_whole_stable_diffusion_file_gives_first_stage_and_averaged_unet(tmp_p
     whole |= {"model_ema.diffusion_model" + k.replace(".", ""): v for k, v in named.items()}
     whole |= {COMPVIS_FIRST_STAGE + k: v for k, v in compvis_first_stage(first).items()}
     whole |= {"first_stage_model.loss.logvar": torch.zeros(()), "betas": torch.zeros(10)}
+    whole["scale_factor"] = torch.tensor(0.25)  # of a model that scales by the first batch
     path = tmp_path / "sd.ckpt"
     torch.save({"state_dict": whole, "global_step": 7}, path)
 
     first_config.weights = str(path)
     assert_same_weights(load_autoencoder(first_config), first)
     fresh = UNet2DCondition(config)
-    load_unet(fresh, config, path)
+    assert load_unet(fresh, config, path) == 0.25
     assert_same_weights(fresh, average)
 
 
