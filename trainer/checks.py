@@ -28,6 +28,9 @@ from trainer.config.outside import text_problems, watch_environment
 from trainer.config.tasks import TASKS
 from trainer.options import all_sections, did_you_mean, groups, paths
 
+MAX_LR = 1000
+"""Largest learning rate, as in the domain of optim.lr."""
+
 
 def to_config(tree: DictConfig, ranks: int = 1) -> Config:
     """Turn the tree into dataclasses, and check them.
@@ -176,6 +179,11 @@ def contradictions(config: Config, ranks: int) -> Iterator[str]:
     yield from _checkpoints(config)
     yield from _data(config)
     yield from _evaluation(config)
+    if config.optim.peak_lr(train.global_batch_size) > MAX_LR:
+        yield (
+            f"optim.scale_lr multiplies optim.lr={config.optim.lr} by "
+            f"train.global_batch_size={train.global_batch_size}: more than {MAX_LR}"
+        )
     if config.plan.gpu not in gpu_table()["cards"]:
         yield _none_of("plan.gpu", config.plan.gpu, list(gpu_table()["cards"]))
     yield from resolve(TASKS[config.task].problems)(config)

@@ -59,9 +59,7 @@ class BareLoop:
                 turn.loss(self._module, batch).mean.backward()
             nn.utils.clip_grad_norm_(self._module.parameters(), self._config.optim.max_grad_norm)
             for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    self._config.optim, self._step, self._config.train.max_steps
-                )
+                group["lr"] = learning_rate(self._config.optim, self._config.train, self._step)
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._step += 1

@@ -1,5 +1,6 @@
 """One factor for all latents: in imported models, in training, in sampling and in exports."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ PROMPTS = ["a red circle", "", "a blue square"]
 
 
 def newest(config: Config) -> Checkpoint:
-    return chosen_checkpoint(config)
+    """The newest checkpoint of the run itself."""
+    return chosen_checkpoint(replace(config, checkpoint=replace(config.checkpoint, load="")))
 
 
 def factor(config: Config) -> float:

@@ -46,7 +46,10 @@ class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019); the schedule counts optimizer steps."""
 
     lr: float
-    """[1, > 0, ≤ 1000] Learning rate after warm-up."""
+    """[1, > 0, ≤ 1000] Learning rate after warm-up; with scale_lr, that of one sample."""
+    scale_lr: bool = False
+    """Multiply lr by train.global_batch_size, like the base rates of Rombach et al. 2022: they are
+    multiplied by the batch of a GPU and by the number of GPUs."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """[1, ≥ 0, < 1, 2 values] Decays of Adam's two moments."""
     eps: float = 1e-8
@@ -60,6 +63,10 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """[1, ≥ 0, ≤ 10^9] Largest norm of the gradients; larger ones are scaled down to it. 0:
     never."""
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """Return the learning rate after warm-up, for a global batch of so many samples."""
+        return self.lr * global_batch_size if self.scale_lr else self.lr
 
 
 @dataclass(slots=True, kw_only=True)

@@ -110,7 +110,7 @@ class Engine:
 
     def step(self, step: int) -> StepResult:
         """Take optimizer step `step` (from 0), after the backward passes; collective."""
-        lr = learning_rate(self._config.optim, step, self._config.train.max_steps)
+        lr = learning_rate(self._config.optim, self._config.train, step)
         for group in self._storage.inner.param_groups:
             group["lr"] = lr
         norm = None if self._storage.clips_itself else self._plain_grad_norm()

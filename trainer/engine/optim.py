@@ -5,19 +5,28 @@ from collections.abc import Iterable
 
 import torch
 
-from trainer.config import LrSchedule, OptimConfig
+from trainer.config import LrSchedule, OptimConfig, TrainConfig
 
 
-def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+def learning_rate(config: OptimConfig, train: TrainConfig, step: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0): warm-up, then the schedule."""
+    peak = config.peak_lr(train.global_batch_size)
     if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+        return peak * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, train.max_steps - config.warmup_steps)
     if config.schedule is LrSchedule.linear:
-        return config.lr * (1 - done)
+        return peak * (1 - done)
     if config.schedule is LrSchedule.cosine:
-        return config.lr * (1 + math.cos(math.pi * done)) / 2
-    return config.lr
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    return peak
+
+
+def describe_peak(config: OptimConfig, global_batch_size: int) -> str:
+    """Describe the learning rate after warm-up, and its factors if there are any."""
+    peak = f"{config.peak_lr(global_batch_size):.4g}"
+    if not config.scale_lr:
+        return peak
+    return f"{peak} = optim.lr={config.lr:g} x {global_batch_size:,} samples (optim.scale_lr)"
 
 
 def build_optimizer(

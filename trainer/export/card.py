@@ -56,7 +56,7 @@ def model_card(config: Config, checkpoint: Checkpoint) -> str:
         "optimizer steps": checkpoint.step,
         "images seen": state.images_seen,
         "global batch": config.train.global_batch_size,
-        "learning rate": config.optim.lr,
+        "learning rate": config.optim.peak_lr(config.train.global_batch_size),
         "precision": config.train.precision.value,
         "image size": f"{config.data.image_size} px",
         "prediction type": config.diffusion.prediction_type.value,

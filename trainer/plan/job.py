@@ -9,6 +9,7 @@ from trainer.checkpoints.identity import check_resume
 from trainer.checkpoints.reader import MAX_STATE_BYTES, STATE
 from trainer.checkpoints.state import parse_state
 from trainer.config import Config
+from trainer.engine.optim import describe_peak
 from trainer.plan.comparison import better_forecast, better_lines, comparison_lines
 from trainer.plan.costs import GIB
 from trainer.plan.forecast import Forecast, check, make_forecast, trace_step
@@ -136,6 +137,7 @@ def _links(forecast: Forecast) -> str:
 
 def _run(forecast: Forecast) -> Iterator[Row]:
     config, saved = forecast.config, forecast.checkpoint
+    yield "learning rate", describe_peak(config.optim, config.train.global_batch_size)
     rate = forecast.images_per_s
     yield "images/s", f"{rate:,.0f}, {rate / forecast.layout.ranks:,.1f} a GPU"
     read = rate * forecast.sample_bytes / 1e6

@@ -127,13 +127,14 @@ class DenoisingTask(TrainingTask):
                     f"these have {digest[:12]}: name those, or choose another run.name"
                 )
         saved = LatentScale(**state["latent_scale"])
-        if saved.is_factor:
-            self._keep(saved)
-        elif saved.values != self._scale.values:
+        if saved.values == self._scale.values:
+            return
+        if not saved.is_factor:
             raise ValueError(
                 f"{self.stream.option}: the mean or std of these latents differs from that of the "
                 "latents this run began with: name those, or choose another run.name"
             )
+        self._keep(saved)
 
     @override
     def begin_with(self, state: dict[str, Any]) -> None:

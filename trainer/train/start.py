@@ -8,6 +8,7 @@ from trainer.checkpoints.identity import Difference, check_resume
 from trainer.checkpoints.reader import Checkpoint, latest_checkpoint
 from trainer.config import Config
 from trainer.engine.engines import checkpoint_layout
+from trainer.engine.optim import describe_peak
 from trainer.runs.data_set import write_data_set
 from trainer.runs.events import add_event
 from trainer.runs.paths import CHECKPOINTS
@@ -37,6 +38,9 @@ def open_training(config: Config, ranks: Ranks) -> TrainingStart:
     run than the config's.
     """
     folder = Path(config.run.dir)
+    if config.optim.scale_lr:
+        peak = describe_peak(config.optim, config.train.global_batch_size)
+        ranks.say(f"learning rate after warm-up: {peak}")
     damaged: list[str] = []
     checkpoint = latest_checkpoint(folder / CHECKPOINTS, ranks, damaged=damaged.append)
     if checkpoint is None:

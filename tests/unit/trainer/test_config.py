@@ -104,6 +104,13 @@ def test_the_best_checkpoint_must_be_saved_when_it_is_evaluated(every: int) -> N
         load_config(options)
 
 
+def test_a_rate_that_the_batch_makes_too_large_is_refused() -> None:
+    options = ["+experiment=emoji", "optim.lr=40"]
+    load_config(options)
+    with pytest.raises(ValueError, match=r"optim\.scale_lr multiplies optim\.lr=40\.0 by train\."):
+        load_config([*options, "optim.scale_lr=true"])
+
+
 def test_a_negative_prompt_needs_guidance() -> None:
     options = ["+experiment=emoji", "sample.negative_prompt=a face", "sampler.guidance_scale=1"]
     with pytest.raises(ValueError, match=r"sample\.negative_prompt .* sampler\.guidance_scale=1"):

@@ -5,13 +5,17 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from trainer.config import LrSchedule, OptimConfig
-from trainer.engine.optim import build_optimizer, learning_rate
+from trainer.config import LrSchedule, OptimConfig, TrainConfig
+from trainer.engine.optim import build_optimizer, describe_peak, learning_rate
+
+
+def of(max_steps: int, global_batch_size: int = 8) -> TrainConfig:
+    return TrainConfig(max_steps=max_steps, global_batch_size=global_batch_size, micro_batch_size=4)
 
 
 def test_warm_up_is_linear_and_ends_at_the_full_rate() -> None:
     config = OptimConfig(lr=2.0, warmup_steps=4)
-    assert [learning_rate(config, step, 100) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+    assert [learning_rate(config, of(100), step) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
 
 
 WARM_UP, DECAY = 10, 20
@@ -37,7 +41,7 @@ def torch_rates(schedule: LrSchedule) -> list[float]:
 def test_schedules_are_those_of_torch_after_the_warm_up(schedule: LrSchedule) -> None:
     config = OptimConfig(lr=2.0, schedule=schedule, warmup_steps=WARM_UP)
     steps = range(WARM_UP, WARM_UP + DECAY + 1)
-    rates = [learning_rate(config, step, WARM_UP + DECAY) for step in steps]
+    rates = [learning_rate(config, of(WARM_UP + DECAY), step) for step in steps]
     assert rates == pytest.approx(torch_rates(schedule))
 
 
@@ -47,9 +51,21 @@ def test_schedules_are_those_of_torch_after_the_warm_up(schedule: LrSchedule) ->
 )
 def test_schedules_at_a_quarter_and_at_the_end(schedule: str, quarter: float, end: float) -> None:
     config = OptimConfig(lr=1.0, schedule=LrSchedule(schedule), warmup_steps=10)
-    assert learning_rate(config, 10, 30) == 1.0
-    assert learning_rate(config, 15, 30) == pytest.approx(quarter)
-    assert learning_rate(config, 30, 30) == pytest.approx(end)
+    assert learning_rate(config, of(30), 10) == 1.0
+    assert learning_rate(config, of(30), 15) == pytest.approx(quarter)
+    assert learning_rate(config, of(30), 30) == pytest.approx(end)
+
+
+def test_a_rate_of_one_sample_is_multiplied_by_the_global_batch_alone() -> None:
+    """The published sum: the base rate, the samples of a GPU, the GPUs, the micro batches."""
+    config = OptimConfig(lr=2e-6, scale_lr=True, warmup_steps=2, schedule=LrSchedule.linear)
+    for gpus, each, accumulated in ((1, 42, 1), (7, 3, 2), (2, 21, 1)):
+        published = accumulated * gpus * each * config.lr
+        train = of(4, global_batch_size=accumulated * gpus * each)
+        rates = [learning_rate(config, train, step) for step in range(4)]
+        assert rates == pytest.approx([published * part for part in (0.5, 1.0, 1.0, 0.5)])
+    assert describe_peak(config, 42) == "8.4e-05 = optim.lr=2e-06 x 42 samples (optim.scale_lr)"
+    assert describe_peak(OptimConfig(lr=2e-6), 42) == "2e-06"
 
 
 def test_decay_spares_biases_and_norms() -> None:

@@ -68,7 +68,7 @@ def test_weights_moments_norms_and_ema_are_those_of_a_plain_loop(stage: int) -> 
             ((plain(batch) - 1).square().mean() / 2).backward()
         norm = nn.utils.clip_grad_norm_(plain.parameters(), options.optim.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options.optim, step, options.train.max_steps)
+            group["lr"] = learning_rate(options.optim, options.train, step)
         optimizer.step()
         optimizer.zero_grad()
         path.append(copy.deepcopy(plain))

@@ -189,6 +189,7 @@ def test_says_what_limits() -> None:
 
 def test_days_and_cost_are_those_counted_by_hand() -> None:
     options = ["train.max_steps=43200", "checkpoint.every=4320", "checkpoint.keep=3"]
+    options += ["optim.lr=1", "optim.scale_lr=true"]
     config = small("emoji", *options, "plan.price_per_gpu_hour=2", "plan.gpus_per_node=2")
     second, minute = 1.0, 60.0
     time = StepTime(
@@ -207,6 +208,7 @@ def test_days_and_cost_are_those_counted_by_hand() -> None:
     assert found.images_per_s == pytest.approx(4)  # a batch of 8
     lines = {" ".join(line.split()) for line in summary_lines(found)}
     assert lines >= {
+        "learning rate 8 = optim.lr=1 x 8 samples (optim.scale_lr)",
         "images/s 4, 2.0 a GPU",
         "time 2.0 days",
         "GPU-hours 96.0",
