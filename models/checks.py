@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from models.config import (
     AutoencoderConfig,
+    AutoencoderKind,
     ConditionerConfig,
     DiffusionConfig,
     DiffusionLoss,
@@ -48,6 +49,19 @@ def first_stage_problems(config: AutoencoderConfig, image_size: int) -> Iterator
             f"autoencoder.loss.discriminator.layers={discriminator.layers} leaves nothing of "
             f"data.image_size={image_size}: take fewer layers"
         )
+
+
+def identity_problems(config: AutoencoderConfig) -> Iterator[str]:
+    """Yield a line for each option that an identity first stage cannot have."""
+    if config.kind is not AutoencoderKind.identity:
+        return
+    if config.latent_channels != config.in_channels:
+        yield (
+            f"autoencoder.latent_channels={config.latent_channels}: autoencoder.kind=identity "
+            f"leaves images as they are, so it has autoencoder.in_channels={config.in_channels}"
+        )
+    if config.weights:
+        yield "autoencoder.weights: autoencoder.kind=identity has none, so leave it empty"
 
 
 def diffusion_problems(config: DiffusionConfig) -> Iterator[str]:

@@ -156,6 +156,11 @@ def autoencoder_config(config: AutoencoderConfig, image_side: int) -> dict[str, 
 
     Raises: ValueError for a first stage that is no AutoencoderKL.
     """
+    if config.kind is AutoencoderKind.identity:
+        raise ValueError(
+            "autoencoder.kind=identity: diffusers' pipeline needs a first stage, and none of its "
+            "own leaves pixels as they are; draw with trainer.sample"
+        )
     if config.kind is not AutoencoderKind.kl:
         raise ValueError(
             "autoencoder.kind=vq: the nearest codes of scaled latents are others, so diffusers' "

@@ -16,8 +16,10 @@ from models.checks import (
     conditioner_problems,
     diffusion_problems,
     first_stage_problems,
+    identity_problems,
     sampler_problems,
 )
+from models.config import AutoencoderKind
 from models.config.conditioning import CONDITIONERS, ConditionerEntry
 from models.config.domains import outside
 from models.config.targets import resolve
@@ -273,6 +275,8 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 def reconstruction_problems(config: Config) -> Iterator[str]:
     """Yield the contradictions of task=autoencoder."""
+    if config.autoencoder.kind is AutoencoderKind.identity:
+        yield "autoencoder.kind=identity has nothing to train: choose kl or vq, or task=diffusion"
     if config.data.mixture:
         yield "data.mixture is of latents, but task=autoencoder trains on the images of data.train"
     if config.deepspeed.stage == 3 and config.autoencoder.loss.gan_weight:
@@ -286,6 +290,7 @@ def reconstruction_problems(config: Config) -> Iterator[str]:
 def denoising_problems(config: Config) -> Iterator[str]:
     """Yield the contradictions of task=diffusion."""
     unet, stage = config.unet, config.autoencoder
+    yield from identity_problems(stage)
     entry = CONDITIONERS[config.conditioner.kind]
     planes = entry.planes(config.conditioner)
     if unet.in_channels != stage.latent_channels + planes:

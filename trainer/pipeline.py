@@ -18,12 +18,8 @@ from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX, export_di
 from models.diffusion.guidance import guided
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import Start, sample
-from models.first_stage.autoencoder import (
-    Autoencoder,
-    AutoencoderVQ,
-    fingerprint,
-    load_autoencoder,
-)
+from models.first_stage.autoencoder import AutoencoderVQ, fingerprint, load_autoencoder
+from models.first_stage.first_stage import FirstStage
 from models.first_stage.memory import activation_bytes
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.layers.attention import sdpa_for
@@ -66,7 +62,7 @@ def load_trained(
     return module, LatentScale(**checkpoint.state.task["latent_scale"])
 
 
-def load_decoder(config: Config, checkpoint: Checkpoint) -> Autoencoder:
+def load_decoder(config: Config, checkpoint: Checkpoint) -> FirstStage:
     """Load the first stage of the config; a line says if a checkpoint was trained with another.
 
     Raises: FileNotFoundError or ValueError that names autoencoder.weights.
@@ -153,7 +149,7 @@ class Pipeline:
         config: Config,
         module: LatentDiffusion,
         conditioner: Conditioner,
-        autoencoder: Autoencoder,
+        autoencoder: FirstStage,
         scale: LatentScale,
         device: torch.device,
     ) -> None:
@@ -257,19 +253,15 @@ class Pipeline:
 
     def _encode(self, image: Tensor) -> Tensor:
         """Encode an image [3, H, W] to the normalised mean of its posterior: [1, C, h, w]."""
-        pixels = image[None].to(self._device, self._decoding_dtype)
+        pixels = image[None].to(self._device, self._autoencoder.dtype)
         return self._scale.normalise(self._autoencoder.encode(pixels)[:, 0].float())
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] in slices: [B, 3, H, W] uint8 on the CPU."""
-        config, dtype = self._config, self._decoding_dtype
+        config, dtype = self._config, self._autoencoder.dtype
         each = activation_bytes(config.autoencoder, config.data.image_size, dtype.itemsize)
         parts = torch.split(latents.to(dtype), slice_size(each, self._device))
         return torch.cat([to_uint8(self._autoencoder.decode(part).float()) for part in parts])
-
-    @property
-    def _decoding_dtype(self) -> torch.dtype:
-        return next(self._autoencoder.parameters()).dtype
 
 
 def _place(config: Config, device: torch.device, *networks: nn.Module) -> None:

@@ -51,10 +51,12 @@ class AutoencoderKind(StrEnum):
 
     kl: Continuous latents with a penalty on the KL divergence from N(0, I).
     vq: Latents quantised by a codebook.
+    identity: The pixels themselves, without weights: the baseline LDM-1 of Rombach et al. 2022.
     """
 
     kl = auto()
     vq = auto()
+    identity = auto()
 
 
 class PerceptualFeatures(StrEnum):

@@ -86,4 +86,6 @@ class AutoencoderConfig:
     @property
     def downsample_factor(self) -> int:
         """Side of an image divided by the side of its latents."""
+        if self.kind is AutoencoderKind.identity:
+            return 1
         return 2 ** (len(self.block_out_channels) - 1)

@@ -1,14 +1,12 @@
 """First stages: a KL-regularised and a vector-quantised autoencoder (Rombach et al. 2022, 3.1).
 
-State-dict names are those of diffusers' AutoencoderKL and VQModel. Moments are the mean and the
-log-variance of the posterior over latents, one tensor as in the code of latent diffusion.
+State-dict names are those of diffusers' AutoencoderKL and VQModel.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import OrderedDict
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,49 +15,39 @@ from typing_extensions import override
 
 from models.config import AutoencoderConfig, AutoencoderKind
 from models.first_stage.codebook import Quantized, VectorQuantizer
+from models.first_stage.first_stage import (
+    LOG_VARIANCE_RANGE,
+    FirstStage,
+    Identity,
+    Reconstruction,
+    deterministic,
+)
 from models.layers.blocks import Downsample, MidBlock, ResBlock, SpatialAttention
 from models.layers.group_norm import GroupNormSiLU
 from models.weights.compvis import load_first_stage
 from models.weights.files import hash_network
 
 NORM_EPS = 1e-6
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
-class Reconstruction(NamedTuple):
-    """Outputs of a first stage in training."""
-
-    images: Tensor
-    """[B, 3, H, W]."""
-    penalty: Tensor
-    """Scalar: the posterior's KL divergence from N(0, I) (kl), or the codebook loss (vq)."""
-    codes: Tensor | None
-    """[B, h, w] int64: indices of the codes (vq)."""
-
-
-class Autoencoder(nn.Module, ABC):
-    """Encodes images to moments of latents, and decodes latents to images."""
+class Autoencoder(FirstStage):
+    """A first stage of convolutions, which can be trained."""
 
     def __init__(self, config: AutoencoderConfig, *, encoder_channels: int) -> None:
         """encoder_channels: channels of the encoder's output.
 
         Raises: ValueError naming an option that fits no network.
         """
-        super().__init__()
+        super().__init__(config)
         _check(config)
-        self.config = config
         channels = config.latent_channels
         self.encoder = Encoder(config, encoder_channels)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(encoder_channels, encoder_channels, 1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
-    @abstractmethod
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode images [B, 3, H, W] in [-1, 1] → moments [B, 2, C, h, w]."""
-
+    @override
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents [B, C, h, w] → images [B, 3, H, W], about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(_fast_layout(latents)))
 
     @abstractmethod
@@ -96,8 +84,7 @@ class AutoencoderVQ(Autoencoder):
     """A vector-quantised autoencoder: it decodes codes (Esser et al. 2021, section 3.1).
 
     Diffusion models learn the latents before quantisation, which is the first layer of the decoder
-    (Rombach et al. 2022, section 3.1). The encoder is deterministic. Its moments have a constant
-    log-variance of −30, a standard deviation of 3e-7, and are stored like those of AutoencoderKL.
+    (Rombach et al. 2022, section 3.1). The encoder is deterministic.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -111,8 +98,7 @@ class AutoencoderVQ(Autoencoder):
 
     @override
     def encode(self, images: Tensor) -> Tensor:
-        latents = self._encode(images)
-        return torch.stack([latents, torch.full_like(latents, LOG_VARIANCE_RANGE[0])], dim=1)
+        return deterministic(self._encode(images))
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
@@ -273,8 +259,18 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return 0.5 * terms.flatten(1).sum(dim=1)
 
 
+def build_stage(config: AutoencoderConfig) -> FirstStage:
+    """Build the first stage of the options; if it has weights, they are random.
+
+    Raises: ValueError naming an option that fits no network.
+    """
+    if config.kind is AutoencoderKind.identity:
+        return Identity(config)
+    return build_autoencoder(config)
+
+
 def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """Build the first stage of the options, with random weights.
+    """Build a first stage that can be trained, with random weights.
 
     Raises: ValueError naming an option that fits no network.
     """
@@ -283,16 +279,20 @@ def build_autoencoder(config: AutoencoderConfig) -> Autoencoder:
             return AutoencoderKL(config)
         case AutoencoderKind.vq:
             return AutoencoderVQ(config)
+        case AutoencoderKind.identity:
+            raise ValueError("autoencoder.kind=identity has nothing to train")
 
 
-def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
-    """Build the autoencoder with the weights at `config.weights`, in fp32 on the CPU.
+def load_autoencoder(config: AutoencoderConfig) -> FirstStage:
+    """Build the first stage with the weights at `config.weights`, in fp32 on the CPU.
 
     The file has our, diffusers' or CompVis' names, in fp32 or fp16.
 
     Raises: FileNotFoundError if there is no such file; ValueError if it cannot be read, or has the
     weights of another network.
     """
+    if config.kind is AutoencoderKind.identity:
+        return Identity(config)
     if not config.weights:
         raise ValueError(
             "autoencoder.weights is empty: set it to the safetensors file of a trained first stage"
@@ -302,7 +302,7 @@ def load_autoencoder(config: AutoencoderConfig) -> Autoencoder:
     return autoencoder
 
 
-def fingerprint(autoencoder: Autoencoder) -> str:
+def fingerprint(autoencoder: FirstStage) -> str:
     """Identify a first stage: SHA-256, in hex, of its architecture and its weights as fp32.
 
     Call it before the network is cast to a narrower type.

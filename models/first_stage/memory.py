@@ -1,6 +1,6 @@
 """Memory of a first stage that does not train."""
 
-from models.config import AutoencoderConfig
+from models.config import AutoencoderConfig, AutoencoderKind
 
 LIVE_TENSORS = 3
 """Tensors of a ResBlock's input that live at once: itself, normalised, and padded or activated."""
@@ -12,6 +12,8 @@ def activation_bytes(config: AutoencoderConfig, image_size: int, width: int) -> 
     width: bytes of a number. The widest ResBlock decides; in the decoder, the first of a level has
     the channels of the level below.
     """
+    if config.kind is AutoencoderKind.identity:
+        return config.in_channels * image_size**2 * width
     channels = config.block_out_channels
     inputs = zip(channels, [*channels[1:], channels[-1]], strict=True)
     numbers = max(

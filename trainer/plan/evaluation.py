@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from models.config.conditioning import CONDITIONERS
-from models.first_stage.autoencoder import Autoencoder, build_autoencoder
+from models.first_stage.autoencoder import build_stage
+from models.first_stage.first_stage import FirstStage
 from models.first_stage.memory import activation_bytes
 from trainer.config import Config, Task
 from trainer.engine.averages import averages
@@ -62,10 +63,10 @@ def trace_evaluation(config: Config, step: StepPlan) -> TracedEvaluation | None:
     with mode, torch.no_grad(), LiveBytes(module) as drawing:
         step.loss(module, TRACED_IMAGES)
     stage, mode = config.autoencoder, fake_mode()
-    first_stage = fake_module(lambda: build_autoencoder(stage), dtype, mode).eval()
+    first_stage = fake_module(lambda: build_stage(stage), dtype, mode).eval()
     side = config.data.image_size // stage.downsample_factor
     with mode, torch.no_grad(), LiveBytes(first_stage) as decoding:
-        assert isinstance(first_stage, Autoencoder)
+        assert isinstance(first_stage, FirstStage)
         first_stage.decode(torch.empty(1, stage.latent_channels, side, side, dtype=dtype))
     parameters = sum(parameter.numel() for parameter in first_stage.parameters())
     text = step.frozen.bytes

@@ -13,7 +13,8 @@ from models.conditioning.conditioners import build_conditioner
 from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.config import LatentScaling
 from models.first_stage import autoencoder
-from models.first_stage.autoencoder import Autoencoder, load_autoencoder
+from models.first_stage.autoencoder import load_autoencoder
+from models.first_stage.first_stage import FirstStage
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.layers.attention import AttentionChoice, choose_attention
 from models.layers.blocks import use_attention
@@ -47,7 +48,7 @@ class DenoisingTask(TrainingTask):
         stream: LatentStream,
         module: LatentDiffusion,
         scale: LatentScale,
-        frozen: tuple[Autoencoder, Conditioner],
+        frozen: tuple[FirstStage, Conditioner],
         evaluator: Evaluator | None,
         kernels: Mapping[str, str],
     ) -> None:
@@ -199,7 +200,7 @@ def _choose_attention(
 
 
 def _check_latents(
-    config: Config, stream: LatentStream, first_stage: Autoencoder, conditioner: Conditioner
+    config: Config, stream: LatentStream, first_stage: FirstStage, conditioner: Conditioner
 ) -> None:
     info = stream.manifest.latents
     assert info is not None

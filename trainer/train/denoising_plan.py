@@ -11,7 +11,7 @@ from models.conditioning.conditioner import Captions, Conditioner, Outline, Size
 from models.conditioning.conditioners import build_conditioner, conditioner_class
 from models.config import ConditionerConfig
 from models.config.conditioning import CONDITIONERS
-from models.first_stage.autoencoder import build_autoencoder
+from models.first_stage.autoencoder import build_stage
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.unet import UNet2DCondition
 from trainer.config import Config
@@ -93,7 +93,7 @@ class StandIn(Conditioner):
 def _frozen(config: Config, conditioner: Outline) -> Frozen:
     """Count the frozen networks of a training on GPUs, without loading weights."""
     with torch.device("meta"):
-        first_stage = build_autoencoder(config.autoencoder)
+        first_stage = build_stage(config.autoencoder)
     parameters = sum(parameter.numel() for parameter in first_stage.parameters())
     total = parameters + conditioner.parameters
     if config.data.store_text:

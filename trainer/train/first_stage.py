@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from data.streams.images import ImageStream
 from data.streams.stream import Batch
 from models.config import AutoencoderKind, PerceptualFeatures
-from models.first_stage.autoencoder import Reconstruction, build_autoencoder
+from models.first_stage.autoencoder import build_autoencoder
 from models.first_stage.codebook import code_counts, codebook_use
+from models.first_stage.first_stage import Reconstruction
 from models.first_stage.loss import (
     LikelihoodFirstStage,
     ReconstructionError,

@@ -143,6 +143,21 @@ def test_first_stages_that_cannot_be_trained_are_refused(overrides: list[str], w
         load_config([*gan, *overrides])
 
 
+def test_pixels_have_the_channels_of_an_image_and_no_weights() -> None:
+    pixels = ["autoencoder=identity", "autoencoder.weights="]
+    wide = ["unet.in_channels=3", "unet.out_channels=3"]
+    config = load_config(["+experiment=emoji", *pixels, *wide])
+    assert config.autoencoder.downsample_factor == 1
+    for override, words in (
+        ("autoencoder.weights=x", r"autoencoder\.weights: autoencoder\.kind=identity has none"),
+        ("autoencoder.in_channels=1", r"latent_channels=3: .* autoencoder\.in_channels=1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_config(["+experiment=emoji", *pixels, *wide, override])
+    with pytest.raises(ValueError, match=r"autoencoder\.kind=identity has nothing to train"):
+        load_config(["+experiment=emoji_autoencoder", *pixels])
+
+
 def test_published_first_stages_have_the_papers_loss() -> None:
     for name, weight in (("kl_f4", 0.5), ("vq_f4", 0.75)):
         loss = load_config(["+experiment=imagenet_256", f"autoencoder={name}"]).autoencoder.loss
