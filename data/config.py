@@ -48,6 +48,17 @@ class Truncated(StrEnum):
     fill = auto()
 
 
+class CropPlace(StrEnum):
+    """Places of the square in a picture.
+
+    centre: The largest centred square.
+    random: Another square at every visit, a function of seed, epoch and sample.
+    """
+
+    centre = auto()
+    random = auto()
+
+
 class CaptionForm(StrEnum):
     """Places of a sample's captions.
 
@@ -187,8 +198,13 @@ class DataConfig:
     mixture: list[MixtureConfig] = field(default_factory=list[MixtureConfig])
     """Sets of latents to train on together, instead of data.latents."""
     image_size: int
-    """[pixels, ≥ 1, ≤ 65536] Side of the square image: the short side is resized to it, the centre
-    cropped."""
+    """[pixels, ≥ 1, ≤ 65536] Side of the square image, to which a crop is resized."""
+    crop: CropPlace = CropPlace.centre
+    """Place of the crop in training; evaluations take the centre. random needs images: stored
+    latents have one crop."""
+    crop_sides: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """[short sides of the picture, > 0, ≤ 1, 2 values] random: smallest and largest side of a
+    crop."""
     flip: bool = False
     """Flip images left to right for half of the visits. Precomputed latents then hold both
     variants."""

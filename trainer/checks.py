@@ -8,6 +8,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import CropPlace
 from data.order import batches
 from data.order.batches import batch_problems
 from data.secrets import redact
@@ -238,6 +239,11 @@ def _data(config: Config) -> Iterator[str]:
     side, factor = config.data.image_size, config.autoencoder.downsample_factor
     if side % factor:
         yield f"data.image_size={side} is no multiple of the autoencoder's factor {factor}"
+    sides = config.data.crop_sides
+    if sides != sorted(sides):
+        yield f"data.crop_sides={sides} must be [smallest, largest]"
+    if sides != [1.0, 1.0] and config.data.crop is CropPlace.centre:
+        yield f"data.crop_sides={sides} is of random crops: set data.crop=random, or leave it out"
     for number, rule in enumerate(config.data.filters):
         ranged = rule.min is not None or rule.max is not None
         path = f"data.filters[{number}] ({rule.name})"
@@ -291,6 +297,8 @@ def denoising_problems(config: Config) -> Iterator[str]:
     """Yield the contradictions of task=diffusion."""
     unet, stage = config.unet, config.autoencoder
     yield from identity_problems(stage)
+    if config.data.crop is CropPlace.random:
+        yield "data.crop=random: stored latents have the centre crop; it is for task=autoencoder"
     entry = CONDITIONERS[config.conditioner.kind]
     planes = entry.planes(config.conditioner)
     if unet.in_channels != stage.latent_channels + planes:

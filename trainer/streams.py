@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data.config import CaptionForm
+from data.config import CaptionForm, CropPlace
 from data.order.batches import Share
 from data.shards.manifest import Ids
 from data.streams.images import ImageStream
@@ -20,7 +20,7 @@ from trainer.runtime.rng import Purpose
 
 
 def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) -> ImageStream:
-    """Open the image shards of a split: data.train with random flips and captions, or data.val.
+    """Open the image shards of a split: data.train with random choices, or data.val.
 
     Raises: FileNotFoundError or ValueError that names data.train or data.val, and the command that
     makes the shards.
@@ -67,15 +67,22 @@ def _share(config: Config, ranks: Ranks) -> Share:
 
 
 def _randomness(config: Config) -> Randomness:
-    """Return the draws for flips and captions, functions of (seed, epoch, sample)."""
+    """Return the draws for flips, crops and captions, functions of (seed, epoch, sample)."""
     seed = config.run.seed
 
     def flip(epochs: Ids, samples: Ids) -> NDArray[np.bool_]:
         return rng.uniform(seed, Purpose.flip, epochs, samples) < 0.5
 
+    def crop(epochs: Ids, samples: Ids) -> NDArray[np.float64]:
+        smallest, largest = config.data.crop_sides
+        draws = rng.uniforms(seed, Purpose.crop, epochs, samples, 3)
+        draws[:, 0] = smallest + (largest - smallest) * draws[:, 0]
+        return draws
+
     forms = [config.data.captions, *(item.captions for item in config.data.mixture)]
     several = any(form not in (None, CaptionForm.text) for form in forms)
     return Randomness(
         flip=flip if config.data.flip else None,
+        crop=crop if config.data.crop is CropPlace.random else None,
         caption=partial(rng.uniform, seed, Purpose.caption) if several else None,
     )

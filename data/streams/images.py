@@ -15,6 +15,7 @@ from data.shards.codecs import BadSampleError
 from data.shards.manifest import Kind
 from data.shards.squares import decode_square
 from data.shards.stored import StoredBatch
+from data.shards.transforms import Crop
 from data.streams.data_set import open_data_set
 from data.streams.rows import Rows
 from data.streams.stream import NOTHING_DRAWN, Randomness, Request, Result, Stream, Visits
@@ -63,7 +64,8 @@ class ImageStream(Stream):
         rows = Rows.empty(samples.keys(), {"images": images}, self.annotations, side)
         for row, stored in enumerate(samples):
             try:
-                found = decode_square(stored, side, self.config.pixels, self.annotations)
+                crop = Crop(*visits.crop[row].tolist())
+                found = decode_square(stored, side, self.config.pixels, self.annotations, crop=crop)
                 found = found.mirrored() if visits.flip[row] else found
                 images[row] = found.pixels
                 rows.annotate(row, found.labels, found.boxes)

@@ -22,12 +22,13 @@ from data.shards.captions import read_captions
 from data.shards.codecs import BadSampleError
 from data.shards.manifest import Ids, Rejected
 from data.shards.stored import StoredBatch, StoredSample
+from data.shards.transforms import CENTRE
 from data.streams.data_set import OpenDataSet, annotation_rule
 from data.streams.quarantine import Quarantine
 from data.streams.rows import Rows
 
 Draw = Callable[[Ids, Ids], np.ndarray]
-"""(epoch [B], index [B]) → [B]: a random value for each visit to a sample."""
+"""(epoch [B], index [B]) → [B] or [B, n]: random values for each visit to a sample."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,10 +67,12 @@ class Visits(NamedTuple):
     """[B] bool, whether the sample is mirrored."""
     draw: np.ndarray
     """[B] from [0, 1), chooses one of the captions."""
+    crop: np.ndarray
+    """[B, 3], the fields of a `Crop`."""
 
     def part(self, rows: slice) -> "Visits":
         """Return the choices for some rows."""
-        return Visits(self.flip[rows], self.draw[rows])
+        return Visits(self.flip[rows], self.draw[rows], self.crop[rows])
 
 
 class Randomness(NamedTuple):
@@ -79,17 +82,20 @@ class Randomness(NamedTuple):
     """Draws bool, whether the visit is mirrored; None: no visit is mirrored."""
     caption: Draw | None = None
     """Draws from [0, 1), chooses one of the captions; None: the first caption."""
+    crop: Draw | None = None
+    """Draws the fields of a `Crop`, [B, 3], for images; None: the largest centred square."""
 
     def visits(self, epoch: Ids, index: Ids) -> Visits:
         """Draw for the visits `epoch` [B] to the samples `index` [B]."""
         return Visits(
             np.zeros(len(index), bool) if self.flip is None else self.flip(epoch, index),
             np.zeros(len(index)) if self.caption is None else self.caption(epoch, index),
+            np.tile(CENTRE, (len(index), 1)) if self.crop is None else self.crop(epoch, index),
         )
 
 
 NOTHING_DRAWN = Randomness()
-"""Samples are not mirrored, and have their first captions."""
+"""Samples are not mirrored, cropped at the centre, and have their first captions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +204,7 @@ class Stream(ABC):
                 yield [batch for batch, _ in step]
 
     def read(self, index: Ids) -> Batch:
-        """Read samples by number [B], not mirrored and with their first captions.
+        """Read samples by number [B], not mirrored, of the centre and with their first captions.
 
         Bad samples are left out and recorded in `quarantine`.
         Raises: ValueError where all are bad, or more than data.max_rejected_share of the data set.

@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     choice = 7
     offset_noise = 8
     caption = 9
+    crop = 10
 
 
 def seed_torch(seed: int) -> None:
@@ -62,7 +63,15 @@ def words(seed: int, purpose: Purpose, epochs: Ids, samples: Ids, count: int) ->
 
 def uniform(seed: int, purpose: Purpose, epochs: Ids, samples: Ids) -> NDArray[np.float64]:
     """Draw from [0, 1) for each sample, in multiples of 2^-53: [B] float64."""
-    return (words(seed, purpose, epochs, samples, 1)[:, 0] >> np.uint64(11)) * np.float64(2**-53)
+    return uniforms(seed, purpose, epochs, samples, 1)[:, 0]
+
+
+def uniforms(
+    seed: int, purpose: Purpose, epochs: Ids, samples: Ids, count: int
+) -> NDArray[np.float64]:
+    """Draw several numbers for each sample, the first of them as in `uniform`: [B, count]."""
+    found = words(seed, purpose, epochs, samples, count)
+    return (found >> np.uint64(11)) * np.float64(2**-53)
 
 
 def shuffled(seed: int, purpose: Purpose, epoch: int, sample: int, size: int) -> Ids:

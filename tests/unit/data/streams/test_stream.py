@@ -10,14 +10,16 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data.order.cursor import Cursor
 from data.shards.manifest import Kind, Manifest, ManifestError
 from data.shards.stored import ArrayLayout
+from data.shards.transforms import Crop, square
 from data.shards.writer import ShardSetWriter
 from data.streams.latents import ArrayMember, LatentStream
 from data.streams.stream import Randomness
-from tests.support.data_sets import DataSet, moments, png
+from tests.support.data_sets import SIZE, DataSet, moments, pixels_of, png
 from tests.support.stream_sets import assert_same, by_sample, expected_image, move_to_store
 from tests.support.streams import GLOBAL_BATCH, images, joined, latents, take
 
@@ -120,6 +122,35 @@ def test_flips_follow_the_sample_and_mirror_images(image_set: DataSet) -> None:
             assert torch.equal(batch.arrays["images"][row], image.flip(-1) if flip else image)
             seen.add((int(batch.index[row]), bool(flip)))
     assert {(number, flip) for number, flip in seen if number == 4} == {(4, False), (4, True)}
+
+
+def crop_by_sample(epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """A quarter of the picture, another one at the next visit."""
+    half = np.full(len(index), 0.5)
+    return np.stack([half, (index + epoch) % 2, index // 2 % 2], axis=1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_follow_the_visit_on_any_number_of_ranks(image_set: DataSet, workers: int) -> None:
+    config = image_set(workers=workers)
+    randomness = Randomness(crop=crop_by_sample)
+    alone = take(images(config, randomness), 4)
+    seen: set[tuple[int, float]] = set()
+    for batch in alone:
+        crops = crop_by_sample(batch.epoch, batch.index).tolist()
+        for row, (number, crop) in enumerate(zip(batch.index.tolist(), crops, strict=True)):
+            pixels = square(Image.fromarray(pixels_of(png(number))), SIZE, Crop(*crop))
+            expected = torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1
+            assert torch.equal(batch.arrays["images"][row], expected)
+            seen.add((number, crop[1]))
+    assert any((number, 1.0 - x) in seen for number, x in seen)
+    parts = [
+        take(images(config, randomness, rank=rank, world=2, micro_batch=1), 4) for rank in (0, 1)
+    ]
+    for of_ranks, whole in zip(zip(*parts, strict=True), alone, strict=True):
+        assert_same(joined(list(of_ranks)), whole)
+    (first,) = images(config, randomness).read(np.array([3])).arrays["images"]
+    assert torch.equal(first, expected_image(3))
 
 
 def test_flips_choose_the_mirrored_latents(latent_set: DataSet) -> None:

@@ -155,6 +155,16 @@ def test_draws_of_a_word_of_neighbours_and_of_epochs_are_uncorrelated() -> None:
             assert abs(correlation) < 4 / math.sqrt(first.size), (name, power)
 
 
+def test_several_draws_of_a_sample_are_uniform_and_independent() -> None:
+    epochs, samples = np.zeros(20_000, np.int64), np.arange(20_000)
+    draws = rng.uniforms(3, Purpose.crop, epochs, samples, 3)
+    assert draws[:, 0].tolist() == rng.uniform(3, Purpose.crop, epochs, samples).tolist()
+    for number in range(3):
+        assert stats.kstest(draws[:, number], "uniform").pvalue > 0.01
+    correlations = np.corrcoef(draws.T) - np.eye(3)
+    assert np.abs(correlations).max() < 4 / len(draws) ** 0.5
+
+
 def test_uniform_draws_are_uniform() -> None:
     draws = rng.uniform(3, Purpose.timestep, np.zeros(100_000, np.int64), np.arange(100_000))
     assert draws.dtype == np.float64
