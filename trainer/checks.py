@@ -316,6 +316,7 @@ def denoising_problems(config: Config) -> Iterator[str]:
     for name in ("attention", "heads"):
         if len(getattr(unet, name)) != levels:
             yield f"unet.{name} needs {levels} entries, one for each of unet.block_out_channels"
+    yield from _sample_sizes(config)
     latent_side = config.data.image_size // stage.downsample_factor
     if latent_side % 2 ** (levels - 1):
         yield (
@@ -334,6 +335,20 @@ def denoising_problems(config: Config) -> Iterator[str]:
     yield from sampler_problems(config.sampler, config.diffusion)
     if config.sample.negative_prompt and config.sampler.guidance_scale == 1:
         yield "sample.negative_prompt does nothing at sampler.guidance_scale=1: raise that"
+
+
+def _sample_sizes(config: Config) -> Iterator[str]:
+    """Yield a line for each side of sampled images that the networks cannot halve."""
+    factor, levels = config.autoencoder.downsample_factor, len(config.unet.block_out_channels)
+    step = factor * 2 ** (levels - 1)
+    for name in ("height", "width"):
+        side = getattr(config.sample, name)
+        if side % step:
+            near = max(1, round(side / step)) * step
+            yield (
+                f"sample.{name}={side} is no multiple of {step} (first stage {factor}, times "
+                f"{step // factor} for the levels of unet.block_out_channels); {near} is"
+            )
 
 
 def _kinds(has: Callable[[ConditionerEntry], bool]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.storage.documents import is_json_object, read_json
-from models.conditioning.conditioner import Conditioner
+from models.conditioning.conditioner import Conditioner, Size
 from models.conditioning.conditioners import build_conditioner, conditioner_class
 from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX, export_differences
@@ -211,6 +211,7 @@ class Pipeline:
         seed: int,
         on_step: Callable[[int, Tensor], None] | None = None,
         *,
+        size: Size | None = None,
         negative_prompt: str | None = None,
         init_image: Tensor | None = None,
         strength: float = 1.0,
@@ -220,13 +221,16 @@ class Pipeline:
         samples: [B] numbers of the samples; with `seed` they determine the noise.
         on_step: called after each sampling step with its index and the predicted clean latents,
         [B, C, h, w].
+        size: (H, W) in pixels, as `trainer.checks` allows them; None: data.image_size.
         negative_prompt: the prompt of the unconditional prediction; None: the empty condition.
-        init_image: [3, H, W] in [-1, 1], the start of all images. strength: the share of the
-        sampling steps that are done from there, in (0, 1] (`models.diffusion.samplers.sample`).
+        init_image: [3, H, W] of this size in [-1, 1], the start of all images. strength: the share
+        of the sampling steps that are done from there, in (0, 1]
+        (`models.diffusion.samplers.sample`).
         """
         config = self._config
-        side = config.data.image_size // config.autoencoder.downsample_factor
-        shape = (config.autoencoder.latent_channels, side, side)
+        factor, side = config.autoencoder.downsample_factor, config.data.image_size
+        height, width = (pixels // factor for pixels in size or (side, side))
+        shape = (config.autoencoder.latent_channels, height, width)
         ids = np.asarray(samples, np.int64)
 
         def noise(purpose: Purpose, draw: int) -> Tensor:
@@ -235,8 +239,8 @@ class Pipeline:
 
         predict = guided(
             self._module,
-            self._conditioner(list(prompts), (side, side)),
-            self._conditioner([negative_prompt] * len(ids), (side, side)),
+            self._conditioner(list(prompts), (height, width)),
+            self._conditioner([negative_prompt] * len(ids), (height, width)),
             config.sampler,
         )
         start = None if init_image is None else Start(self._encode(init_image), strength)
@@ -259,7 +263,9 @@ class Pipeline:
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] in slices: [B, 3, H, W] uint8 on the CPU."""
         config, dtype = self._config, self._autoencoder.dtype
-        each = activation_bytes(config.autoencoder, config.data.image_size, dtype.itemsize)
+        height, width = latents.shape[-2:]
+        pixels = height * width * config.autoencoder.downsample_factor**2
+        each = activation_bytes(config.autoencoder, pixels, dtype.itemsize)
         parts = torch.split(latents.to(dtype), slice_size(each, self._device))
         return torch.cat([to_uint8(self._autoencoder.decode(part).float()) for part in parts])
 

@@ -85,11 +85,13 @@ def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(
         torch.testing.assert_close(decoded, ours.decode(moments[:, 0]), rtol=1e-4, atol=1e-5)
 
 
-def test_pictures_are_ours(config: Config, pipeline: Any) -> None:
+@pytest.mark.parametrize("size", [(32, 32), (24, 48)])
+def test_pictures_are_ours(config: Config, pipeline: Any, size: tuple[int, int]) -> None:
     ours = Pipeline.load(config, chosen_checkpoint(config), torch.device("cpu"))
     seeds = np.arange(len(PROMPTS))
-    expected = ours.draw(PROMPTS, seeds.tolist(), seed=5).float() / 255
-    noise = rng.normal(5, Purpose.sampling, np.zeros_like(seeds), seeds, (4, 8, 8))
+    expected = ours.draw(PROMPTS, seeds.tolist(), seed=5, size=size).float() / 255
+    shape = 4, size[0] // 4, size[1] // 4
+    noise = rng.normal(5, Purpose.sampling, np.zeros_like(seeds), seeds, shape)
     pipeline.set_progress_bar_config(disable=True)
     found = pipeline(
         PROMPTS,

@@ -25,8 +25,10 @@ from trainer.train import latent_scale
 from trainer.train.loop import fit
 
 STILL = ["optim.lr=1e-30", "train.max_steps=1", "sampler.steps=6", "sampler.guidance_scale=3"]
-FIRST_BATCH = ["diffusion.latent_scale=first_batch", "optim.schedule=constant"]
-FIRST_BATCH += ["train.max_steps=4", "checkpoint.every=2"]
+FIRST_BATCH = [
+    *("diffusion.latent_scale=first_batch", "optim.schedule=constant"),
+    *("train.max_steps=4", "checkpoint.every=2"),
+]
 PROMPTS = ["a red circle", "", "a blue square"]
 
 

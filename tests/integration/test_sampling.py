@@ -84,6 +84,18 @@ def test_an_export_draws_what_its_checkpoint_draws(config: Config, tmp_path: Pat
     assert np.abs(difference).mean() < 0.1
 
 
+def test_pictures_of_another_size_have_a_folder_of_their_own(config: Config) -> None:
+    sample = replace(config.sample, width=64, out="", images_per_prompt=1)
+    draw(replace(config, sample=sample))
+    draw(replace(config, sample=replace(sample, width=0)))
+    sizes: set[tuple[int, int]] = set()
+    for path in (Path(config.run.dir) / "samples").glob("*/00000.png"):
+        assert path.with_name("sheet.png").exists()
+        with Image.open(path) as picture:
+            sizes.add(picture.size)
+    assert sizes == {(64, 32), (32, 32)}
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value", "said"),
     [

@@ -50,6 +50,11 @@ class SampleConfig:
     """Prompts, or class numbers."""
     prompts_file: str = ""
     """Text file of more prompts, one a line."""
+    height: int = 0
+    """[pixels, ≥ 0, ≤ 65536] Height of the images, a multiple of what the networks halve; 0:
+    data.image_size. Sizes near that of the training look best."""
+    width: int = 0
+    """[pixels, ≥ 0, ≤ 65536] Width of the images, like sample.height."""
     images_per_prompt: int = 1
     """[images, ≥ 1, ≤ 10^6] Images of each prompt."""
     batch_size: int = 16

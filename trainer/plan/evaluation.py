@@ -87,7 +87,7 @@ def evaluation_cost(
     own, stage = config.eval, config.autoencoder
     width = _dtype(config).itemsize
     predictions = 2 if _is_guided(config) else 1
-    whole = own.batch_size * activation_bytes(stage, config.data.image_size, width)
+    whole = own.batch_size * activation_bytes(stage, config.data.image_size**2, width)
     phases = {
         "drawing": own.batch_size * predictions * traced.forward_bytes,
         "decoding": min(whole, max(MOST_BYTES, whole / own.batch_size)),

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from data.shards.codecs import MAX_IMAGE_BYTES, BadSampleError, decode_image
-from data.shards.transforms import square
 from data.storage.untrusted import read_file
+from models.conditioning.conditioner import Size
 from models.config import ConditionerKind
 from models.diffusion.samplers import num_steps
 from trainer.checkpoints.reader import chosen_checkpoint
@@ -44,7 +45,8 @@ def draw(config: Config) -> None:
     captions = prompts
     if config.conditioner.kind is ConditionerKind.class_label:
         captions = numbers_of(prompts, read_classes(Path(config.run.dir)))
-    image = read_image(options.init_image, config.data.image_size) if options.init_image else None
+    size = options.height or config.data.image_size, options.width or config.data.image_size
+    image = read_image(options.init_image, size) if options.init_image else None
     strength = 1.0 if image is None else options.strength
     ranks = join()
     pipeline, about = _load(config, ranks)
@@ -60,6 +62,7 @@ def draw(config: Config) -> None:
                 part,
                 options.seed,
                 lambda _, latents: _advance(bar, len(latents)),
+                size=size,
                 negative_prompt=options.negative_prompt or None,
                 init_image=image,
                 strength=strength,
@@ -94,18 +97,20 @@ def read_prompts(options: SampleConfig) -> list[str]:
     return prompts
 
 
-def read_image(path: str, size: int) -> Tensor:
-    """Read the central square of a PNG, JPEG or WebP picture: [3, size, size] in [-1, 1].
+def read_image(path: str, size: Size) -> Tensor:
+    """Read the centre of a PNG, JPEG or WebP picture, resized to (H, W): [3, H, W] in [-1, 1].
 
     Raises: ValueError that names sample.init_image, if there is no picture.
     """
     try:
-        pixels = square(decode_image(read_file(Path(path), limit=MAX_IMAGE_BYTES)), size)
+        picture = decode_image(read_file(Path(path), limit=MAX_IMAGE_BYTES))
     except OSError as error:
         raise ValueError(f"sample.init_image: {error}") from error
     except BadSampleError as error:
         raise ValueError(f"sample.init_image: {path}: {error}") from error
-    return torch.tensor(pixels).permute(2, 0, 1) / 127.5 - 1.0
+    height, width = size
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    return torch.tensor(np.asarray(fitted)).permute(2, 0, 1) / 127.5 - 1.0
 
 
 def _load(config: Config, ranks: Ranks) -> tuple[Pipeline, dict[str, object]]:
@@ -127,6 +132,8 @@ def _parameters(config: Config) -> dict[str, object]:
         "sampler_steps": sampler.steps,
         "guidance_scale": sampler.guidance_scale,
     }
+    if options.height or options.width:
+        found |= {"height": options.height, "width": options.width}
     if options.negative_prompt:
         found["negative_prompt"] = options.negative_prompt
     if options.init_image:

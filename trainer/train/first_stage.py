@@ -182,7 +182,8 @@ class FirstStageTask(TrainingTask):
         columns = min(PICTURES, count)
         shown: list[Tensor] = []
         config, device = self._config, self._ranks.device
-        each = activation_bytes(config.autoencoder, config.data.image_size, torch.float32.itemsize)
+        pixels, width = config.data.image_size**2, torch.float32.itemsize
+        each = activation_bytes(config.autoencoder, pixels, width)
         with on_device([module, *self._extractors], device):
             for part in batches(count, config.eval.batch_size, self._ranks):
                 if stopping("evaluation"):

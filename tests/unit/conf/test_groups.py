@@ -16,6 +16,7 @@ TEXT = ["+experiment=laion_256"]
 NO_TERMINAL_SNR = ["diffusion.zero_terminal_snr=false"]
 FITTING = {
     "autoencoder/emoji_f4": EMOJI,
+    "autoencoder/identity": ["+experiment=ffhq_256"],
     "autoencoder/kl_f16": [*TEXT, "unet.in_channels=16", "unet.out_channels=16"],
     "autoencoder/kl_f32": [*TEXT, "unet.in_channels=64", "unet.out_channels=64"],
     "autoencoder/kl_f4": CLASSES,

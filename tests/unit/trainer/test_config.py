@@ -43,6 +43,8 @@ def test_experiments_compose_and_are_named_after_their_file(experiment: str) -> 
         ("sampler.eta=0.5", "sampler.eta=0.5 needs sampler.name=ddim"),
         ("sampler.guidance_interval=[0.8,0.2]", "sampler.guidance_interval=[0.8, 0.2]"),
         ("sample.strength=0", "sample.strength=0"),
+        ("sample.height=72", "sample.height=72 is no multiple of 16 (first stage 4, times 4 for"),
+        ("sample.width=7", "; 16 is"),
         ("ema.decays=[]", "ema.decays and ema.sigma_rels are both empty"),
         ("ema.decays=[0.9,0.9]", "ema.decays=[0.9, 0.9] names an average twice"),
         ("ema.decays=[1]", "ema.decays=[1.0] must be a list of numbers ≥ 0 and < 1"),

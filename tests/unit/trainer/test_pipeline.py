@@ -6,7 +6,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
+from data.shards.transforms import square
+from models.condition import Condition
+from models.conditioning.conditioner import Captions, Conditioner, Size, TokenIds
 from models.conditioning.conditioners import build_conditioner
 from models.first_stage.autoencoder import AutoencoderKL, build_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
@@ -108,10 +112,45 @@ def test_a_negative_prompt_takes_the_place_of_no_condition() -> None:
 def test_a_picture_is_read_as_training_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "tall.png"
     Image.new("RGB", (32, 48), (255, 0, 51)).save(path)
-    picture = read_image(str(path), 32)
-    assert picture.shape == (3, 32, 32)
-    expected = torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand(3, 32, 32)
-    torch.testing.assert_close(picture, expected)
+    for size in ((32, 32), (16, 64)):
+        picture = read_image(str(path), size)
+        expected = torch.tensor([1.0, -1.0, -0.6])[:, None, None].expand(3, *size)
+        torch.testing.assert_close(picture, expected)
+    png = Image.effect_noise((50, 40), 90).convert("RGB")
+    png.save(path)
+    trained = torch.tensor(square(png, 32)).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(read_image(str(path), (32, 32)), trained)
+
+
+class Seen(Conditioner):
+    """Gives one plane, the row number, and keeps the sizes that it is asked for."""
+
+    trainable = False
+    context_dim = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[Size] = set()
+
+    @override
+    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
+        self.sizes.add(size)
+        rows = torch.linspace(-1, 1, size[0])[:, None].expand(len(captions), 1, *size)
+        return Condition(planes=rows)
+
+
+def test_pictures_have_any_size_that_the_networks_halve() -> None:
+    options = ["conditioner.kind=none", "unet.context_dim=0"]
+    config = config_of(*options)
+    config.unet.in_channels += 1
+    pipeline, seen = pipeline_of(*options)[0], Seen()
+    module = LatentDiffusion(UNet2DCondition(config.unet), None)
+    pipeline._module, pipeline._conditioner = module, seen
+    wide = pipeline.draw(["", ""], [4, 5], seed=1, size=(16, 48))
+    assert wide.shape == (2, 3, 16, 48)
+    assert seen.sizes == {(4, 12)}
+    assert distance(wide[1:], pipeline.draw([""], [5], seed=1, size=(16, 48))) < 0.1
+    assert torch.equal(*(pipeline.draw([""], [5], 1, size=size) for size in (None, (32, 32))))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,6 @@ def test_it_has_no_weights_and_the_size_of_the_image() -> None:
     assert identity.state_dict() == {}
     assert identity.to(torch.bfloat16).dtype == torch.float32
     assert CONFIG.downsample_factor == 1
-    assert activation_bytes(CONFIG, 16, 4) == 3 * 16 * 16 * 4
+    assert activation_bytes(CONFIG, 16 * 16, 4) == 3 * 16 * 16 * 4
     other = AutoencoderConfig(kind=AutoencoderKind.identity, latent_channels=3, in_channels=1)
     assert fingerprint(identity) != fingerprint(load_autoencoder(other))

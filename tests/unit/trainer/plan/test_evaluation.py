@@ -67,7 +67,7 @@ def test_memory_of_a_first_stage_is_that_of_a_trace(experiment: str, dtype: torc
     side, mode = pixels // stage.downsample_factor, fake_mode()
     module = fake_module(lambda: build_autoencoder(stage), dtype, mode).eval()
     assert isinstance(module, Autoencoder)
-    bound = activation_bytes(stage, pixels, dtype.itemsize)
+    bound = activation_bytes(stage, pixels**2, dtype.itemsize)
     with mode, torch.no_grad(), LiveBytes(module) as decoding:
         module.decode(torch.empty(2, stage.latent_channels, side, side, dtype=dtype))
     assert 0.6 * bound < decoding.stretch(0).peak_bytes / 2 < 1.01 * bound
