@@ -224,13 +224,17 @@ class DataConfig:
     Images."""
     store_text: bool = False
     """Store the text encoder's output in latent shards; else training runs the text encoder."""
+    store_images: bool = False
+    """Store the images beside their latents, as PNG of data.image_size. Conditions that are made of
+    images, such as super-resolution's, need them."""
     lanes: int = 1
     """[lanes, ≥ 1, ≤ 10^6] Independent sequences that the plan interleaves; must divide
     train.global_batch_size."""
     shuffle_block: int = 4096
     """[samples, ≥ 1, ≤ 10^9] Size of the blocks in which a lane is shuffled."""
     workers: int = 0
-    """[processes, ≥ 0, ≤ 1024] Workers that decode images; latents need none."""
+    """[processes, ≥ 0, ≤ 1024] Workers that decode images, also those beside latents
+    (data.store_images) and label maps; latents alone need none."""
     prefetch: int = 4
     """[micro batches, ≥ 1, ≤ 10^4] Data read ahead."""
     max_rejected_share: float = 0.01

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, TokenIds
+from models.conditioning.conditioner import Conditioner, Inputs
 from models.unet import UNet2DCondition
 
 
@@ -56,17 +56,15 @@ class LatentDiffusion(nn.Module):
         self.unet = unet
         self.conditioner = conditioner
 
-    def forward(
-        self, latents: Tensor, timesteps: Tensor, condition: Condition | Captions | TokenIds
-    ) -> Tensor:
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: Condition | Inputs) -> Tensor:
         """Predict with the U-Net in its own precision.
 
-        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: of B samples, or B
-        captions or their token ids, which the trained conditioner embeds. Planes become channels
+        latents: [B, C, h, w] noisy, normalised; timesteps: [B]; condition: of B samples,
+        or what the trained conditioner prepared of them and now embeds. Planes become channels
         after the latents'.
         Returns [B, C, h, w] in the latents' dtype.
 
-        Raises: ValueError for captions without a trained conditioner, and for a condition that does
+        Raises: ValueError for inputs without a trained conditioner, and for a condition that does
         not fit the U-Net.
         """
         given = condition if isinstance(condition, Condition) else self._embed(condition, latents)
@@ -77,11 +75,11 @@ class LatentDiffusion(nn.Module):
         tokens = None if given.tokens is None else given.tokens.to(dtype)
         return self.unet(inputs, timesteps, tokens, given.mask).to(latents.dtype)
 
-    def _embed(self, captions: Captions | TokenIds, latents: Tensor) -> Condition:
+    def _embed(self, inputs: Inputs, latents: Tensor) -> Condition:
         if self.conditioner is None:
-            raise ValueError("captions need a conditioner that is trained: embed them first")
+            raise ValueError("inputs need a conditioner that is trained: embed them first")
         height, width = latents.shape[-2:]
-        return self.conditioner(captions, (height, width))
+        return self.conditioner(inputs, (height, width))
 
 
 def _concatenated(latents: Tensor, planes: Tensor) -> Tensor:

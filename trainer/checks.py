@@ -327,6 +327,7 @@ def denoising_problems(config: Config) -> Iterator[str]:
     if unet.context_dim != width:
         yield f"unet.context_dim={unet.context_dim} but the conditioner's tokens are {width} wide"
     yield from conditioner_problems(config.conditioner)
+    yield from _spatial_problems(config)
     if config.eval.clip_score and not entry.is_clip:
         yield f"eval.clip_score needs conditioner.kind={_kinds(lambda kind: kind.is_clip)}"
     if config.data.store_text and not entry.stores_text:
@@ -349,6 +350,26 @@ def _sample_sizes(config: Config) -> Iterator[str]:
                 f"sample.{name}={side} is no multiple of {step} (first stage {factor}, times "
                 f"{step // factor} for the levels of unet.block_out_channels); {near} is"
             )
+
+
+def _spatial_problems(config: Config) -> Iterator[str]:
+    """Yield the contradictions of conditions that are made of images, label maps or boxes."""
+    kind, stage = config.conditioner.kind, config.autoencoder
+    for name in CONDITIONERS[kind].reads:
+        if not getattr(config.data, name):
+            yield f"conditioner.kind={kind} needs data.{name}=true"
+    factor = config.conditioner.factor
+    if CONDITIONERS[kind].enlarges and factor != stage.downsample_factor:
+        yield (
+            f"conditioner.factor={factor} but the first stage shrinks images by "
+            f"{stage.downsample_factor}: the small picture must have the latents' size"
+        )
+    planes = config.conditioner.planes
+    if CONDITIONERS[kind].encodes and planes != stage.latent_channels + 1:
+        yield (
+            f"conditioner.planes={planes} but autoencoder.latent_channels={stage.latent_channels} "
+            f"and a mask make {stage.latent_channels + 1}"
+        )
 
 
 def _kinds(has: Callable[[ConditionerEntry], bool]) -> str:

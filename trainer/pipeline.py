@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from data.storage.documents import is_json_object, read_json
 from models.conditioning.conditioner import Conditioner, Size
 from models.conditioning.conditioners import build_conditioner, conditioner_class
+from models.conditioning.given import Given
 from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.diffusers_format import DIFFUSION_WEIGHTS, PIPELINE_INDEX, export_differences
 from models.diffusion.guidance import guided
@@ -28,7 +29,7 @@ from models.unet import UNet2DCondition
 from models.weights.compvis import load_unet
 from trainer.checkpoints.reader import Checkpoint
 from trainer.config import Config
-from trainer.pictures.png import to_uint8
+from trainer.pictures.png import from_uint8, to_uint8
 from trainer.runtime import rng
 from trainer.runtime.devices import inference_dtype
 from trainer.runtime.rng import Purpose
@@ -160,11 +161,12 @@ class Pipeline:
         self._config = config
         self._module = module
         use_attention(module, sdpa_for(device))  # a training chooses for its own precision
-        self._conditioner = conditioner
         self._autoencoder = autoencoder
         self._diffusion = Diffusion(config.diffusion)
         self._scale = scale.to(device)
         self._device = device
+        self.conditioner = conditioner
+        conditioner.use_first_stage(self._encode)
 
     @classmethod
     def load(cls, config: Config, checkpoint: Checkpoint, device: torch.device) -> Self:
@@ -206,7 +208,7 @@ class Pipeline:
     @torch.inference_mode()
     def draw(
         self,
-        prompts: Sequence[str],
+        given: Given,
         samples: Sequence[int],
         seed: int,
         on_step: Callable[[int, Tensor], None] | None = None,
@@ -216,9 +218,10 @@ class Pipeline:
         init_image: Tensor | None = None,
         strength: float = 1.0,
     ) -> Tensor:
-        """Draw an image of each prompt: [B, 3, H, W] uint8 on the CPU.
+        """Draw an image of each condition: [B, 3, H, W] uint8 on the CPU.
 
-        samples: [B] numbers of the samples; with `seed` they determine the noise.
+        given: what B samples give for their condition. samples: [B] numbers of the samples; with
+        `seed` they determine the noise.
         on_step: called after each sampling step with its index and the predicted clean latents,
         [B, C, h, w].
         size: (H, W) in pixels, as `trainer.checks` allows them; None: data.image_size.
@@ -237,13 +240,14 @@ class Pipeline:
             epochs = np.full_like(ids, draw)
             return torch.as_tensor(rng.normal(seed, purpose, epochs, ids, shape)).to(self._device)
 
+        null = given.with_captions([negative_prompt] * len(ids))
         predict = guided(
             self._module,
-            self._conditioner(list(prompts), (height, width)),
-            self._conditioner([negative_prompt] * len(ids), (height, width)),
+            self.conditioner.condition(given, (height, width)),
+            self.conditioner.condition(null, (height, width)),
             config.sampler,
         )
-        start = None if init_image is None else Start(self._encode(init_image), strength)
+        start = None if init_image is None else Start(self._encode(init_image[None]), strength)
         latents = sample(
             predict,
             self._diffusion,
@@ -253,11 +257,17 @@ class Pipeline:
             step_noise=lambda step: noise(Purpose.sampler_step, step),
             on_step=on_step,
         )
-        return self._decode(self._scale.denormalise(latents))
+        return self.conditioner.paste(self._decode(self._scale.denormalise(latents)), given)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        """Encode an image [3, H, W] to the normalised mean of its posterior: [1, C, h, w]."""
-        pixels = image[None].to(self._device, self._autoencoder.dtype)
+    @torch.inference_mode()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images [B, 3, H, W] in [-1, 1]; return them on the CPU, in 8 bits."""
+        drawn = self._decode(self._scale.denormalise(self._encode(images)))
+        return from_uint8(drawn)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] to the normalised means of their posteriors: [B, C, h, w]."""
+        pixels = images.to(self._device, self._autoencoder.dtype)
         return self._scale.normalise(self._autoencoder.encode(pixels)[:, 0].float())
 
     def _decode(self, latents: Tensor) -> Tensor:

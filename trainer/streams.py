@@ -11,12 +11,17 @@ from data.order.batches import Share
 from data.shards.manifest import Ids
 from data.streams.images import ImageStream
 from data.streams.latents import LatentStream
-from data.streams.stream import NOTHING_DRAWN, Randomness, Stream
+from data.streams.rows import MAP_ARRAY
+from data.streams.stream import IMAGES, NOTHING_DRAWN, Batch, Randomness, Stream
+from models.conditioning.given import Captions, Draws, Given
 from models.config.conditioning import CONDITIONERS, any_caption
 from trainer.config import Config, Task
 from trainer.runtime import rng
 from trainer.runtime.ranks import Ranks
 from trainer.runtime.rng import Purpose
+
+CONDITION_ARRAYS = frozenset({IMAGES, MAP_ARRAY})
+"""Arrays of a batch of latents that only conditions are made of."""
 
 
 def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) -> ImageStream:
@@ -32,6 +37,7 @@ def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) ->
     )
     if config.task is Task.diffusion:
         _check_captions(stream, config)
+        _check_classes(stream, config)
     return stream
 
 
@@ -46,7 +52,22 @@ def open_latents(config: Config, ranks: Ranks) -> LatentStream:
         config.data, _share(config, ranks), _randomness(config), command=command
     )
     _check_captions(stream, config)
+    _check_classes(stream, config)
     return stream
+
+
+def given_by(batch: Batch, captions: Captions, draws: Draws | None = None) -> Given:
+    """Return what the samples of a batch give for their condition.
+
+    captions: [B], of the batch; None: the null condition. draws: for conditions that are random.
+    """
+    return Given(
+        captions,
+        images=batch.arrays.get(IMAGES),
+        maps=batch.arrays.get(MAP_ARRAY),
+        boxes=batch.boxes,
+        draws=draws,
+    )
 
 
 def _check_captions(stream: Stream, config: Config) -> None:
@@ -54,6 +75,19 @@ def _check_captions(stream: Stream, config: Config) -> None:
     problem = CONDITIONERS[config.conditioner.kind].caption_problem
     if problem is not any_caption:
         stream.caption_problem = partial(problem, config.conditioner)
+
+
+def _check_classes(stream: Stream, config: Config) -> None:
+    """Check that a conditioner of label maps knows the classes of the data set.
+
+    Raises: ValueError that names conditioner.num_classes.
+    """
+    classes, known = len(stream.manifest.map_classes), config.conditioner.num_classes
+    if "maps" in CONDITIONERS[config.conditioner.kind].reads and classes > known:
+        raise ValueError(
+            f"conditioner.num_classes={known}: the label maps of {stream.option} have {classes} "
+            f"classes; set it to {classes}"
+        )
 
 
 def _share(config: Config, ranks: Ranks) -> Share:

@@ -145,11 +145,17 @@ class LatentInfo:
     """Fingerprint of the text encoder whose output every sample has; empty: none has."""
     captions: str = ""
     """`CaptionRule.several` of the stored text: it is [captions, T, D]; empty: of one, [T, D]."""
+    images: bool = False
+    """Whether every sample also has its image, cropped and resized."""
 
     @property
     def text(self) -> bool:
         """Whether every sample has a text encoder's output."""
         return bool(self.text_encoder)
+
+
+LATER: dict[str, object] = {"captions": "", "images": False}
+"""Entries of `LatentInfo` that 0.1.0 did not write, and what they would have been."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +229,9 @@ class Manifest:
         """Identity of the data set: the SHA-256 of its kind, shards and latents, at any place."""
         document = asdict(self)
         identity = {name: document[name] for name in ("kind", "shards", "latents")}
-        if self.latents is not None and not self.latents.captions:
-            del identity["latents"]["captions"]  # 0.1.0 had no such entry
+        for name in LATER:
+            if self.latents is not None and not getattr(self.latents, name):
+                del identity["latents"][name]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def shards_at(self, folder: str, source: str) -> str:
@@ -324,7 +331,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
         "shards": [_build(Shard, shard) for shard in document["shards"]],
         "filters": [_build(FilterCount, count) for count in document["filters"]],
         "left_out": [_build(LeftOut, entry) for entry in document["left_out"]],
-        "latents": None if latents is None else _build(LatentInfo, {"captions": "", **latents}),
+        "latents": None if latents is None else _build(LatentInfo, {**LATER, **latents}),
     }
     manifest = _build(Manifest, LATER_ENTRIES | document | entries)
     if manifest.latents is not None:

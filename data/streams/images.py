@@ -1,14 +1,10 @@
 """Make batches of images, decoded in training."""
 
-from collections.abc import Generator, Iterator
-from contextlib import closing
 from typing import Literal, Self
 
 import numpy as np
-import torch
 from typing_extensions import override
 
-from data import read_ahead
 from data.config import DataConfig
 from data.order.batches import Share
 from data.shards.codecs import BadSampleError
@@ -18,7 +14,7 @@ from data.shards.stored import StoredBatch
 from data.shards.transforms import Crop
 from data.streams.data_set import open_data_set
 from data.streams.rows import Rows
-from data.streams.stream import NOTHING_DRAWN, Randomness, Request, Result, Stream, Visits
+from data.streams.stream import IMAGES, NOTHING_DRAWN, Randomness, Stream, Visits
 
 
 class ImageStream(Stream):
@@ -43,25 +39,16 @@ class ImageStream(Stream):
         data_set = open_data_set(folder, Kind.images, config, option=option, command=command)
         return cls(data_set, config, share, randomness)
 
+    @property
     @override
-    def _read_ahead(self, requests: Iterator[Request]) -> Generator[Result, None, None]:
-        workers = self.config.workers
-        if workers == 0:
-            return super()._read_ahead(requests)
-        depth = self.config.prefetch
-        results = read_ahead.with_processes(self._answer, requests, workers=workers, depth=depth)
-        return self._pinned(results) if self.pinned else results
-
-    def _pinned(self, results: Generator[Result, None, None]) -> Generator[Result, None, None]:
-        """Pin in a thread of this process: memory that a forked process pins is its own."""
-        with closing(results):
-            yield from read_ahead.with_thread(self._pin, results, depth=1)
+    def decodes(self) -> bool:
+        return True
 
     @override
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         side = self.config.image_size
         images = np.empty((len(samples), side, side, 3), np.uint8)
-        rows = Rows.empty(samples.keys(), {"images": images}, self.annotations, side)
+        rows = Rows.empty(samples.keys(), {IMAGES: images}, self.annotations, side)
         for row, stored in enumerate(samples):
             try:
                 crop = Crop(*visits.crop[row].tolist())
@@ -73,9 +60,3 @@ class ImageStream(Stream):
             except BadSampleError as error:
                 rows.reject(row, stored, error)
         return rows
-
-    @override
-    def _finish(self, name: str, stack: torch.Tensor) -> torch.Tensor:
-        if name != "images":
-            return stack
-        return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()

@@ -10,19 +10,24 @@ from typing_extensions import override
 
 from data.config import DataConfig
 from data.order.batches import Share
-from data.shards.codecs import BadSampleError, decode_npy
+from data.shards.codecs import PLAIN_PIXELS, BadSampleError, decode_npy
 from data.shards.manifest import Kind, ManifestError
+from data.shards.squares import Square, decode_square
 from data.shards.stored import ArrayLayout, StoredBatch, StoredSample, Texts
 from data.streams.buffers import Buffers
 from data.streams.data_set import OpenDataSet, open_data_set, open_mixture
 from data.streams.rows import Rows
 from data.streams.stream import (
+    IMAGES,
     NOTHING_DRAWN,
     Randomness,
     Stream,
     Visits,
     no_problem,
 )
+
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+"""Stands for an image that is not asked for."""
 
 
 class ArrayMember(NamedTuple):
@@ -86,6 +91,11 @@ class LatentStream(Stream):
         members = _find_members(data_set, config, flip=randomness.flip is not None)
         return cls(data_set, config, share, randomness, members=members)
 
+    @property
+    @override
+    def decodes(self) -> bool:
+        return self.config.store_images or self.annotations.maps
+
     @override
     def _read(self, samples: StoredBatch, visits: Visits) -> Rows:
         """Read the samples of the common layout together, then the others one by one."""
@@ -109,26 +119,36 @@ class LatentStream(Stream):
                 self._read_row(rows, row, samples[row], visits)
             except BadSampleError as error:
                 rows.reject(row, samples[row], error)
-        if self.annotations.members:
-            self._annotate(rows, samples, visits)
+        if self.config.store_images or self.annotations.members:
+            self._decode(rows, samples, visits)
         return rows
 
-    def _annotate(self, rows: Rows, samples: StoredBatch, visits: Visits) -> None:
-        """Read the annotations of the good rows, which are stored for images of one size."""
-        rule, side = self.annotations, self.manifest.image_size
+    def _decode(self, rows: Rows, samples: StoredBatch, visits: Visits) -> None:
+        """Decode what lies beside the latents of the good rows, stored in one size."""
+        side = self.manifest.image_size
+        if self.config.store_images:
+            rows.arrays[IMAGES] = np.empty((len(samples), side, side, 3), np.uint8)
         for row, stored in enumerate(samples):
             if row in rows.bad:
                 continue
             try:
-                labels = rule.read_map(stored.member, (side, side)) if rule.maps else None
-                boxes = rule.read_boxes(stored.member) if rule.boxes else []
+                found = self._square(stored, side)
             except BadSampleError as error:
                 rows.reject(row, stored, error)
                 continue
-            if visits.flip[row]:
-                labels = None if labels is None else labels[:, ::-1]
-                boxes = [box.mirrored() for box in boxes]
-            rows.annotate(row, labels, boxes)
+            found = found.mirrored() if visits.flip[row] else found
+            if self.config.store_images:
+                rows.arrays[IMAGES][row] = found.pixels
+            rows.annotate(row, found.labels, found.boxes)
+
+    def _square(self, stored: StoredSample, side: int) -> Square:
+        """Raises: BadSampleError where the image or an annotation is missing or damaged."""
+        rule = self.annotations
+        if self.config.store_images:
+            return decode_square(stored, side, PLAIN_PIXELS, rule)
+        labels = rule.read_map(stored.member, (side, side)) if rule.maps else None
+        boxes = rule.read_boxes(stored.member) if rule.boxes else []
+        return Square(NO_PIXELS, labels, boxes)
 
     def _read_row(self, rows: Rows, row: int, stored: StoredSample, visits: Visits) -> None:
         """Decode one sample with the slower general decoders, whose errors name the problem.
@@ -177,6 +197,11 @@ def _find_members(data_set: OpenDataSet, config: DataConfig, *, flip: bool) -> l
         raise ValueError(
             f"data.flip: {option} has no mirrored latents; set data.flip=false, or delete the "
             f"shards and run `{command}` again"
+        )
+    if config.store_images and not info.images:
+        raise ValueError(
+            f"data.store_images: {option} has no images beside its latents; delete the shards and "
+            f"run `{command}` again"
         )
     members = [ArrayMember("moments", ArrayLayout.of(np.float16, (2, *info.shape)), mirrored=True)]
     if config.store_text:

@@ -44,8 +44,9 @@ class Batch:
     captions: list[str]
     """[B], caption or class of each sample."""
     arrays: dict[str, torch.Tensor]
-    """images: [B, 3, S, S] float32 in [-1, 1]; moments: [B, 2, C, h, w] and text: [B, T, D]
-    float16, as stored; with data.maps, map: [B, S, S] uint8, class numbers."""
+    """images: [B, 3, S, S] float32 in [-1, 1], also beside moments with data.store_images;
+    moments: [B, 2, C, h, w] and text: [B, T, D] float16, as stored;
+    with data.maps, map: [B, S, S] uint8, class numbers."""
     boxes: list[list[Box]] = field(default_factory=list[list[Box]])
     """[B], with data.boxes: the boxes of each sample."""
     drawn: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
@@ -94,6 +95,8 @@ class Randomness(NamedTuple):
         )
 
 
+IMAGES = "images"
+"""Name of the images in batches; they are read as [B, S, S, 3] uint8."""
 NOTHING_DRAWN = Randomness()
 """Samples are not mirrored, cropped at the centre, and have their first captions."""
 
@@ -141,11 +144,18 @@ class Stream(ABC):
         self.draw: Callable[[Batch], dict[str, torch.Tensor]] = draw_nothing
         """Makes `Batch.drawn` of the batches of `steps`, ahead of time in the reading threads or
         processes."""
+        self.consumed: frozenset[str] = frozenset()
+        """Names of arrays that `draw` alone reads: they are not copied to the device."""
         self.pinned = False
         """Whether the batches of `steps` lie in page-locked memory, from which a GPU copies without
         a wait of this process. torch lends such memory anew when all copies from it have ended."""
         self.annotations = annotation_rule(config, self.manifest, self.option)
         self.quarantine = Quarantine(self.num_samples, config.max_rejected_share, self.option)
+
+    @property
+    @abstractmethod
+    def decodes(self) -> bool:
+        """Whether samples have pictures to decode, which data.workers processes do."""
 
     @property
     def num_samples(self) -> int:
@@ -299,10 +309,22 @@ class Stream(ABC):
                 )
 
     def _read_ahead(self, requests: Iterator[Request]) -> Generator[Result, None, None]:
+        depth, workers = self.config.prefetch, self.config.workers
+        if self.decodes and workers:
+            results = read_ahead.with_processes(
+                self._answer, requests, workers=workers, depth=depth
+            )
+            return self._pinned(results) if self.pinned else results
+
         def answer(request: Request) -> Result:
             return self._pin(self._answer(request))
 
-        return read_ahead.with_thread(answer, requests, depth=self.config.prefetch)
+        return read_ahead.with_thread(answer, requests, depth=depth)
+
+    def _pinned(self, results: Generator[Result, None, None]) -> Generator[Result, None, None]:
+        """Pin in a thread of this process: memory that a forked process pins is its own."""
+        with closing(results):
+            yield from read_ahead.with_thread(self._pin, results, depth=1)
 
     def _pin(self, result: Result) -> Result:
         batch, rejected = result
@@ -326,6 +348,8 @@ class Stream(ABC):
                 raise ValueError(f"{self.option}: a whole block is bad; last: {rejected[-1]}")
         batch = self._batch(rows, request.epoch, request.index)
         batch.drawn = self.draw(batch)
+        for name in self.consumed & batch.arrays.keys():
+            del batch.arrays[name]
         return batch, rejected
 
     def _batch(self, rows: Rows, epoch: Ids, index: Ids) -> Batch:
@@ -346,5 +370,7 @@ class Stream(ABC):
         """Read samples, each with the choices of its visit."""
 
     def _finish(self, name: str, stack: torch.Tensor) -> torch.Tensor:
-        """Convert a stored array to that of a batch."""
-        return stack
+        """Convert an array that was read to that of a batch."""
+        if name != IMAGES:
+            return stack
+        return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()

@@ -5,7 +5,8 @@ from torch import nn
 from typing_extensions import override
 
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, Size, TokenIds
+from models.conditioning.conditioner import Conditioner, Inputs, Size
+from models.conditioning.given import Given
 from models.config import ConditionerConfig, ConditionerKind
 from models.config.conditioning import CONDITIONERS
 
@@ -27,21 +28,18 @@ class ClassLabel(Conditioner):
         self.embedding = nn.Embedding(config.num_classes + 1, config.width)
 
     @override
-    def tokenize(self, captions: Captions) -> TokenIds:
+    def prepare(self, given: Given) -> Inputs:
         """Read the class numbers [B].
 
         Raises: ValueError for a caption that is not a class number.
         """
-        return {"classes": torch.tensor([self._class_number(caption) for caption in captions])}
+        numbers = [self._class_number(caption) for caption in given.captions]
+        return {"classes": torch.tensor(numbers)}
 
     @override
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
-        """Look up the tokens [B, 1, width].
-
-        Raises: ValueError for a caption that is not a class number.
-        """
-        classes = self.token_ids(captions)["classes"]
-        return Condition(self.embedding(classes)[:, None].float())
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
+        """Look up the tokens [B, 1, width]."""
+        return Condition(self.embedding(inputs["classes"])[:, None].float())
 
     def _class_number(self, caption: str | None) -> int:
         if caption is None:

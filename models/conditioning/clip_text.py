@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from models.condition import Condition
 from models.conditioning.clip import load_clip, text_tower
-from models.conditioning.conditioner import Captions, Outline, PipelinePart, Size, TokenIds
+from models.conditioning.conditioner import Inputs, Outline, PipelinePart, Size
+from models.conditioning.given import Given
 from models.conditioning.text import Text
 from models.config import ConditionerConfig, TextFeatures
 
@@ -60,15 +61,15 @@ class ClipText(Text):
         del self.clip.visual
 
     @override
-    def tokenize(self, captions: Captions) -> TokenIds:
+    def prepare(self, given: Given) -> Inputs:
         """Return ids [B, T] int64."""
-        return {"ids": self.tokenizer([caption or "" for caption in captions])}
+        return {"ids": self.tokenizer([caption or "" for caption in given.captions])}
 
     @override
     @torch.no_grad()
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
         """Encode to [B, T, width]; T is the tower's context length, or 1 for pooled features."""
-        ids = self.token_ids(captions)["ids"]
+        ids = inputs["ids"]
         if self.features is TextFeatures.pooled:
             return Condition(self.clip.encode_text(ids)[:, None].float())
         states = self.clip.forward_intermediates(

@@ -1,6 +1,6 @@
-"""The interface of conditioners, which turn captions into the U-Net's condition."""
+"""The interface of conditioners, which turn what samples give into the U-Net's condition."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from models.condition import Condition
+from models.conditioning.given import Given
 from models.config import ConditionerConfig
 
-Captions = Sequence[str | None]
-"""The caption of each sample; None: no condition."""
-TokenIds = dict[str, Tensor]
-"""Captions in numbers, such as token ids and their mask: tensors of B rows. It is a dict, in which
-ZeRO stage 3 finds a module's input tensors."""
+Inputs = dict[str, Tensor]
+"""What samples give in numbers, such as token ids and their mask: tensors of B rows. It is a dict,
+in which ZeRO stage 3 finds a module's input tensors."""
 Size = tuple[int, int]
 """(h, w) of latents."""
+Encode = Callable[[Tensor], Tensor]
+"""Images [B, 3, H, W] in [-1, 1] → their normalised latents [B, C, h, w]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class PipelinePart:
 
 
 class Conditioner(nn.Module):
-    """Turns captions into the U-Net's condition; built from its options, `Conditioner(config)`.
+    """Makes the U-Net's condition; built from its options, `Conditioner(config)`.
 
     trainable: whether its parameters are trained with the U-Net. context_dim: width of a token; 0:
     no tokens.
@@ -68,32 +69,45 @@ class Conditioner(nn.Module):
         """
         return Outline()
 
-    def tokenize(self, captions: Captions) -> TokenIds:
-        """Turn B captions into numbers on the CPU, which `forward` takes in place of captions.
+    def prepare(self, given: Given) -> Inputs:
+        """Turn what B samples give into numbers on the CPU, the input of `forward`.
 
-        Training calls it ahead of time, in a thread or a forked process. A conditioner without
-        this step returns no tensor; `forward` then gets the captions.
+        Training calls it ahead of time, in a thread or a forked process. Samples whose caption is
+        None get the null condition.
 
-        Raises: ValueError for a caption that the conditioner cannot encode.
-        """
-        return {}
-
-    def token_ids(self, captions: Captions | TokenIds) -> TokenIds:
-        """Return token ids as they are, and those of captions, on the conditioner's device."""
-        if isinstance(captions, dict):
-            return captions
-        device = next(chain(self.parameters(), self.buffers())).device
-        return {name: ids.to(device) for name, ids in self.tokenize(captions).items()}
-
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
-        """Encode B captions to a float32 condition of B samples, on the conditioner's device.
-
-        captions: or what `tokenize` makes of them, on the conditioner's device.
-        size: (h, w) of the latents, and of planes [B, C, h, w]; tokens do not depend on it.
-
-        Raises: ValueError for a caption that the conditioner cannot encode.
+        Raises: ValueError for samples that the conditioner cannot encode.
         """
         raise NotImplementedError
+
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
+        """Encode B samples to a float32 condition, on the conditioner's device.
+
+        inputs: from `prepare`, on the conditioner's device.
+        size: (h, w) of the latents, and of planes [B, C, h, w]; tokens do not depend on it.
+        """
+        raise NotImplementedError
+
+    def use_first_stage(self, encode: Encode) -> None:
+        """Get the frozen first stage, for conditions that are latents of images."""
+
+    def picture(self, given: Given) -> Tensor:
+        """Show a condition that is made of images, label maps or boxes: [B, 3, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def paste(self, drawn: Tensor, given: Given) -> Tensor:
+        """Put the pixels that the condition fixes into drawn images [B, 3, H, W] uint8."""
+        return drawn
+
+    def condition(self, given: Given, size: Size) -> Condition:
+        """Prepare and encode B samples; size: (h, w) of the latents.
+
+        Raises: ValueError as `prepare`.
+        """
+        inputs = self.prepare(given)
+        if inputs:
+            device = next(chain(self.parameters(), self.buffers())).device
+            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return self(inputs, size)
 
     def pipeline_parts(self) -> Mapping[str, PipelinePart] | None:
         """Convert the conditioner to parts of a StableDiffusionPipeline, by the pipeline's names.
@@ -116,5 +130,9 @@ class NoConditioner(Conditioner):
         super().__init__()
 
     @override
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
+    def prepare(self, given: Given) -> Inputs:
+        return {}
+
+    @override
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
         return Condition()

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from models.condition import Condition
 from models.conditioning.conditioner import Conditioner
+from models.conditioning.given import Captions, Given
 from models.config import ConditionerConfig
 from models.weights.files import hash_network
 
@@ -57,6 +58,15 @@ class Text(Conditioner):
         """SHA-256, in hex, of the options and of the weights as fp32."""
         return hash_network(self, {**self.architecture, "features": self.features.value})
 
+    def encode(self, captions: Captions) -> Tensor:
+        """Encode B captions to tokens [B, T, context_dim] float32, on the encoder's device.
+
+        Raises: ValueError for a caption that the encoder cannot take.
+        """
+        tokens = self.condition(Given(captions), (1, 1)).tokens  # no token depends on the size
+        assert tokens is not None
+        return tokens
+
     def restore(self, tokens: Tensor, dropped: Tensor) -> Condition:
         """Make a condition from stored tokens of `forward`.
 
@@ -78,7 +88,7 @@ class Text(Conditioner):
     @cached_property
     def _null(self) -> tuple[Tensor, Tensor | None]:
         """Encode the empty caption to tokens [1, T, context_dim] and mask [1, T], or None."""
-        tokens, mask, _ = self([None], (1, 1))
+        tokens, mask, _ = self.condition(Given([None]), (1, 1))
         assert tokens is not None
         return tokens, mask
 

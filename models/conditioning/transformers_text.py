@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from models.condition import Condition
 from models.conditioning.captions import bounded
-from models.conditioning.conditioner import Captions, Outline, Size, TokenIds
+from models.conditioning.conditioner import Inputs, Outline, Size
+from models.conditioning.given import Given
 from models.conditioning.text import Text
 from models.config import ConditionerConfig, TextFeatures
 from models.weights import hub
@@ -49,24 +50,23 @@ class TransformersText(Text):
 
     @override
     @torch.no_grad()
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
         """Encode to [B, T, width]; T is conditioner.context_length, or 1 for pooled features.
 
         A pooled token is the mean of the tokens (Reimers and Gurevych 2019, section 3).
         """
-        found = self.token_ids(captions)
-        mask = found["mask"]
-        states = self.encoder(input_ids=found["ids"], attention_mask=mask.long()).last_hidden_state
+        mask = inputs["mask"]
+        states = self.encoder(input_ids=inputs["ids"], attention_mask=mask.long()).last_hidden_state
         tokens = states.float().masked_fill(~mask[:, :, None], 0.0)
         if self.features is TextFeatures.pooled:
             return Condition(tokens.sum(1, keepdim=True) / mask.sum(1)[:, None, None])
         return Condition(tokens, mask)
 
     @override
-    def tokenize(self, captions: Captions) -> TokenIds:
+    def prepare(self, given: Given) -> Inputs:
         """Return ids [B, T] int64 and mask [B, T] bool."""
         found = self.tokenizer(
-            [bounded(caption or "", self.context_length) for caption in captions],
+            [bounded(caption or "", self.context_length) for caption in given.captions],
             padding="max_length",
             truncation=True,
             max_length=self.context_length,
@@ -82,7 +82,7 @@ class TransformersText(Text):
                 f"tokens that conditioner.pretrained takes"
             )
         try:
-            mask = self.tokenize([None])["mask"]
+            mask = self.prepare(Given([None]))["mask"]
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

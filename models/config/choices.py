@@ -10,12 +10,30 @@ class ConditionerKind(StrEnum):
     text: Captions, encoded by a CLIP of open_clip.
     transformers: Captions, encoded by a text encoder of the transformers library.
     class_label: Class numbers, each with a learned token.
+    super_resolution: A small picture, beside the latents.
+    inpainting: The latents of an image with a hole, and the hole, beside the latents.
+    semantic_map: A label map, shrunk by learned planes, beside the latents.
     """
 
     none = auto()
     text = auto()
     transformers = auto()
     class_label = auto()
+    super_resolution = auto()
+    inpainting = auto()
+    semantic_map = auto()
+
+
+class Degradation(StrEnum):
+    """Ways to make the small picture of an image.
+
+    bicubic: Antialiased bicubic.
+    bsr_light: Two blurs, a resize, noise and JPEG in random order (Zhang et al. 2021), in a light
+        form.
+    """
+
+    bicubic = auto()
+    bsr_light = auto()
 
 
 class TextFeatures(StrEnum):

@@ -7,7 +7,7 @@ names its class as `module:name`.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from models.config.choices import ConditionerKind, TextFeatures
+from models.config.choices import ConditionerKind, Degradation, TextFeatures
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,12 +27,25 @@ class ConditionerConfig:
     """[tokens, ≥ 1, ≤ 10^5] transformers: length of a caption; longer captions are cut, shorter
     ones padded and masked."""
     num_classes: int = 0
-    """[classes, ≥ 0, ≤ 10^7] class_label: number of classes, without the null class."""
+    """[classes, ≥ 0, ≤ 10^7] class_label: number of classes, without the null class. semantic_map:
+    number of classes."""
     width: int = 1024
     """[channels, ≥ 0, ≤ 65536] Width of a token; equals unet.context_dim."""
+    planes: int = 3
+    """[channels, ≥ 1, ≤ 65536] semantic_map: planes that it adds to the latents. inpainting: one
+    more than autoencoder.latent_channels."""
+    factor: int = 4
+    """[1, ≥ 1, ≤ 64] super_resolution: width of the image by that of the small picture; equals the
+    factor by which the first stage shrinks images."""
+    degradation: Degradation = Degradation.bicubic
+    """super_resolution: how training makes the small pictures."""
     cond_drop_prob: float = 0.1
     """[share, ≥ 0, ≤ 1] Part of the samples trained with the null condition (Ho and Salimans
     2022)."""
+
+
+MAP_CLASSES = 256
+"""Most classes of a label map, which has 8 bits."""
 
 
 def any_caption(config: ConditionerConfig, caption: str) -> str:
@@ -56,6 +69,14 @@ def _class_label_problems(config: ConditionerConfig) -> Iterator[str]:
         yield f"conditioner.num_classes={config.num_classes}: set it to the data set's classes"
 
 
+def _semantic_map_problems(config: ConditionerConfig) -> Iterator[str]:
+    if not 1 <= config.num_classes <= MAP_CLASSES:
+        yield (
+            f"conditioner.num_classes={config.num_classes}: set it to the classes of the label "
+            f"maps, 1 to {MAP_CLASSES}"
+        )
+
+
 def _transformers_problems(config: ConditionerConfig) -> Iterator[str]:
     if config.features is TextFeatures.penultimate:
         yield "conditioner.features=penultimate is of conditioner.kind=text; use last or pooled"
@@ -71,6 +92,12 @@ class ConditionerEntry:
     """Whether it gives tokens [B, M, conditioner.width]."""
     planes: Callable[[ConditionerConfig], int] = lambda config: 0
     """Channels of the planes that it concatenates to the latents."""
+    reads: tuple[str, ...] = ()
+    """Options of the data without which its samples do not have what the condition is made of."""
+    enlarges: bool = False
+    """Whether planes have the size of the condition, by conditioner.factor smaller than images."""
+    encodes: bool = False
+    """Whether it encodes images with the first stage, which then stays on the device."""
     stores_text: bool = False
     """Whether data.store_text can store its tokens beside the latents."""
     is_clip: bool = False
@@ -92,6 +119,27 @@ CONDITIONERS = {
         conditioner="models.conditioning.transformers_text:TransformersText",
         stores_text=True,
         problems=_transformers_problems,
+    ),
+    ConditionerKind.super_resolution: ConditionerEntry(
+        conditioner="models.conditioning.super_resolution:SuperResolution",
+        has_tokens=False,
+        planes=lambda config: 3,
+        reads=("store_images",),
+        enlarges=True,
+    ),
+    ConditionerKind.inpainting: ConditionerEntry(
+        conditioner="models.conditioning.inpainting:Inpainting",
+        has_tokens=False,
+        planes=lambda config: config.planes,
+        reads=("store_images",),
+        encodes=True,
+    ),
+    ConditionerKind.semantic_map: ConditionerEntry(
+        conditioner="models.conditioning.semantic_map:SemanticMap",
+        has_tokens=False,
+        planes=lambda config: config.planes,
+        reads=("maps",),
+        problems=_semantic_map_problems,
     ),
     ConditionerKind.class_label: ConditionerEntry(
         conditioner="models.conditioning.class_label:ClassLabel",

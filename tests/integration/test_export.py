@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from models.conditioning.clip_text import ClipText
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.first_stage.autoencoder import AutoencoderKL, load_autoencoder
 from tests.support.oracles import diffusers
 from tests.support.workshop import Workshop
@@ -62,7 +63,9 @@ def test_tokens_and_hidden_states_are_ours(config: Config, pipeline: Any) -> Non
     assert torch.equal(ids, ours.tokenizer(PROMPTS))
     with torch.no_grad():
         states = pipeline.text_encoder(ids)[0]
-    torch.testing.assert_close(states, ours(PROMPTS, (8, 8)).tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        states, ours.condition(Given(PROMPTS), (8, 8)).tokens, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(
@@ -89,7 +92,8 @@ def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(
 def test_pictures_are_ours(config: Config, pipeline: Any, size: tuple[int, int]) -> None:
     ours = Pipeline.load(config, chosen_checkpoint(config), torch.device("cpu"))
     seeds = np.arange(len(PROMPTS))
-    expected = ours.draw(PROMPTS, seeds.tolist(), seed=5, size=size).float() / 255
+    given = Given(PROMPTS)
+    expected = ours.draw(given, seeds.tolist(), seed=5, size=size).float() / 255
     shape = 4, size[0] // 4, size[1] // 4
     noise = rng.normal(5, Purpose.sampling, np.zeros_like(seeds), seeds, shape)
     pipeline.set_progress_bar_config(disable=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.conditioning.given import Given
 from models.config import DiffusionConfig, PredictionType, SamplerConfig, SamplerName
 from models.config.sampling import SAMPLERS, SamplerEntry, Scheduler
 from models.diffusers_format import scheduler_config
@@ -186,7 +187,8 @@ def test_a_spatial_conditioner(
     assert averaged["unet.conv_in.weight"].shape[1] == 5
     pipeline = Pipeline.load(config, chosen_checkpoint(config), torch.device("cpu"))
     left, right, again = (
-        pipeline.draw([f"a circle {word}"], [0], seed=0) for word in ("left", "right", "left")
+        pipeline.draw(Given([f"a circle {word}"]), [0], seed=0)
+        for word in ("left", "right", "left")
     )
     assert torch.equal(left, again)
     assert not torch.equal(left, right)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data.streams.stream import Stream
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.first_stage.autoencoder import load_autoencoder
 from tests.support.latent_jobs import folder_hashes
 from tests.support.oracles import diffusers
@@ -167,7 +168,8 @@ def test_networks_compute_the_same(config: Config) -> None:
     text = build_conditioner(config.conditioner)
     module, scale = load_trained(config, chosen_checkpoint(config), text)
     with torch.no_grad():
-        condition = text(CAPTIONS, (8, 8))
+        condition = text.condition(Given(CAPTIONS), (8, 8))
+        assert condition.tokens is not None
         assert_expected(condition.tokens, "tokens")
         assert_expected(module(LATENTS, TIMESTEPS, condition), "predicted", every=5)
         autoencoder = load_autoencoder(config.autoencoder)

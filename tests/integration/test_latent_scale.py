@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.conditioning.given import Given
 from models.first_stage.autoencoder import load_autoencoder
 from models.latent_diffusion import LatentScale
 from tests.support.oracles import diffusers
@@ -82,7 +83,7 @@ def imported(
 
 
 def drawn(pipeline: Pipeline) -> Tensor:
-    return pipeline.draw(PROMPTS, range(len(PROMPTS)), seed=5).float() / 255
+    return pipeline.draw(Given(PROMPTS), range(len(PROMPTS)), seed=5).float() / 255
 
 
 def test_an_imported_model_draws_as_in_diffusers(

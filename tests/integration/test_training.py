@@ -20,6 +20,7 @@ from data.order.batches import Share
 from data.storage.lease import NAME, take
 from data.streams.images import ImageStream
 from models.first_stage.autoencoder import build_autoencoder
+from tests.support.conditions import KINDS, with_conditions
 from tests.support.paths import ROOT
 from tests.support.processes import Command, run_command, start
 from tests.support.workshop import Workshop, draw_pictures, losses
@@ -171,7 +172,10 @@ def test_a_tiny_version_of_every_experiment_trains_two_steps(
             "conditioner.features=penultimate",
             "unet.context_dim=128",
         ]
-    if experiment.startswith("scenes"):  # the pictures have one caption alone
+    if experiment in KINDS:
+        shop = with_conditions(workshop, tmp_path)
+        options += [*KINDS[experiment], "eval.perceptual_features=efficientnet_lite0"]
+    elif experiment.startswith("scenes"):  # the pictures have one caption alone
         options += ["data.maps=false", "data.boxes=false", "data.captions=text"]
     if experiment == "imagenet_256":
         shop = Workshop(tmp_path)

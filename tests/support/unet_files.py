@@ -5,11 +5,7 @@ import yaml
 from models.config import UNetConfig
 from tests.support.paths import ROOT
 
-FOLDERS = (ROOT / "conf" / "unet", ROOT / "tests" / "support" / "unets")
-"""The second has the U-Nets with a concatenated condition, which no experiment can train yet."""
-
 
 def described_unet(name: str) -> UNetConfig:
-    """The U-Net of the one file NAME.yaml."""
-    (file,) = (folder / f"{name}.yaml" for folder in FOLDERS if (folder / f"{name}.yaml").exists())
-    return UNetConfig(**yaml.safe_load(file.read_text()))
+    """The U-Net of conf/unet/NAME.yaml."""
+    return UNetConfig(**yaml.safe_load((ROOT / "conf" / "unet" / f"{name}.yaml").read_text()))

@@ -88,6 +88,7 @@ RULES: Mapping[str, Rules] = {
     "data.mixture": ELSEWHERE,
     "data.image_size": Rules(_REFUSED, _TOLD, _TOLD),
     "data.store_text": SETTING,
+    "data.store_images": SETTING,
     "data.workers": ELSEWHERE,
     "data.prefetch": ELSEWHERE,
     "data.max_rejected_share": SETTING,

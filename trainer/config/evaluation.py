@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from models.config import PerceptualFeatures
 from trainer.config.choices import Dinov2Size, Features, InceptionResize, Metric
 
 
@@ -46,6 +47,10 @@ class EvalConfig:
     conditioner's."""
     clip_pretrained: str = ""
     """Weights of eval.clip_model, by tag or path; empty: the conditioner's."""
+    perceptual_features: PerceptualFeatures = PerceptualFeatures.vgg16
+    """super_resolution, inpainting: network of the perceptual distance from the image."""
+    perceptual_weights: str = ""
+    """Path of torchvision's weights of VGG16; empty: download them."""
     kid_subset_size: int = 1000
     """[samples, ≥ 2, ≤ 10^6] Size of the 100 random subsets over which KID is averaged."""
     images: str = ""

@@ -47,7 +47,7 @@ class SampleConfig:
     """Images that `trainer.sample` draws."""
 
     prompts: list[str] = field(default_factory=list[str])
-    """Prompts, or class numbers."""
+    """Prompts, or class numbers. An unconditional model needs none."""
     prompts_file: str = ""
     """Text file of more prompts, one a line."""
     height: int = 0
@@ -55,8 +55,15 @@ class SampleConfig:
     data.image_size. Sizes near that of the training look best."""
     width: int = 0
     """[pixels, ≥ 0, ≤ 65536] Width of the images, like sample.height."""
+    images: list[str] = field(default_factory=list[str])
+    """super_resolution: paths of pictures to enlarge, of any size. inpainting: pictures with a hole
+    to fill."""
+    masks: list[str] = field(default_factory=list[str])
+    """inpainting: paths of the holes of sample.images, white in the hole and black elsewhere."""
+    maps: list[str] = field(default_factory=list[str])
+    """semantic_map: paths of label maps, PNG of mode L or P, of any size."""
     images_per_prompt: int = 1
-    """[images, ≥ 1, ≤ 10^6] Images of each prompt."""
+    """[images, ≥ 1, ≤ 10^6] Images of each prompt, or of each condition from a file."""
     batch_size: int = 16
     """[images, ≥ 1, ≤ 10^6] Images that a rank draws at once."""
     negative_prompt: str = ""

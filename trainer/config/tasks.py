@@ -37,7 +37,15 @@ TASKS = {
     ),
     Task.autoencoder: TaskEntry(
         problems="trainer.checks:reconstruction_problems",
-        unread=("conditioner", "unet", "diffusion", "sampler", "data.latents", "data.store_text"),
+        unread=(
+            "conditioner",
+            "unet",
+            "diffusion",
+            "sampler",
+            "data.latents",
+            "data.store_text",
+            "data.store_images",
+        ),
         build="trainer.train.first_stage:build_first_stage",
         plan="trainer.train.first_stage:plan_first_stage",
         pictures="Reconstructions",

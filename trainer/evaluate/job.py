@@ -73,7 +73,7 @@ def _evaluate_checkpoint(config: Config, ranks: Ranks, stop: StopRequest) -> boo
     with _owned(stem, ranks):
         pipeline = Pipeline.load(config, checkpoint, ranks.device)
         keep = stem if config.eval.keep_samples else None
-        result = evaluator.evaluate(pipeline, stop.stopping, keep)
+        result = evaluator.evaluate(pipeline, stop.stopping, keep, baselines=evaluator.is_paired)
         if result is None or not ranks.is_main:
             return result is not None
         for path, payload in result.files.items():
@@ -101,8 +101,9 @@ def _save_values(stem: Path, values: Values) -> None:
     """Write the numbers of an evaluation as JSON, and print them."""
     path = stem.with_name(f"{stem.name}.json")
     write_atomic(path, (json.dumps(dict(values), indent=1) + "\n").encode())
+    width = max(map(len, values), default=0)
     for name, value in values.items():
-        print(f"{name:>24}  {value:.6g}" if isinstance(value, float) else f"{name:>24}  {value}")
+        print(f"{name:>{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
     print(f"numbers: {path}")
 
 

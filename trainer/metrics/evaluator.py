@@ -4,7 +4,7 @@ Prompts are captions of training images. Batches do not depend on the number of 
 compares. Therefore the numbers do not depend on the number of ranks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import cache, partial
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.shards.manifest import FILE_NAME
 from data.storage.atomic import write_atomic
 from data.storage.files import join_location, size_bytes
 from data.streams.images import ImageStream
+from models.conditioning.given import Given
+from models.config.conditioning import CONDITIONERS
 from trainer.config import Config
 from trainer.config.choices import Features
 from trainer.metrics.clip_score import ClipScore
@@ -26,6 +28,7 @@ from trainer.metrics.compare import compare, needs_rows
 from trainer.metrics.extractors import build_extractors, load_eval_clip
 from trainer.metrics.feature_set import FeatureCollector, FeatureSet, batches
 from trainer.metrics.features import FeatureExtractor
+from trainer.metrics.fit import FITS, Batch
 from trainer.metrics.frechet import frechet_distance
 from trainer.metrics.image_folder import ImageFolder
 from trainer.metrics.prompts import Prompts
@@ -38,7 +41,7 @@ from trainer.metrics.references import (
 )
 from trainer.metrics.result import Evaluation
 from trainer.pictures.grids import about_grid
-from trainer.pictures.png import grid, save_png
+from trainer.pictures.png import from_uint8, grid, save_png, to_uint8
 from trainer.pipeline import Pipeline
 from trainer.runtime import rng
 from trainer.runtime.placement import on_device
@@ -48,7 +51,7 @@ from trainer.runtime.ranks import Ranks
 from trainer.runtime.rng import Purpose
 from trainer.streams import open_images
 
-GRID_COLUMNS = 4
+GRID_COLUMNS, PAIRED_COLUMNS = 4, 8
 
 Values = dict[str, float | str]
 
@@ -65,7 +68,11 @@ def build_evaluator(config: Config, ranks: Ranks) -> "Evaluator":
     references = References(config, ranks, images, extractors)
     references.load_if_made()
     parts = batches(own.num_samples, own.batch_size, ranks)
-    prompts = Prompts(own, ranks, images, parts, load_clip() if own.clip_score else None)
+    conditions = images
+    if CONDITIONERS[config.conditioner.kind].reads:
+        conditions = open_validation(config, ranks) or images
+    clip = load_clip() if own.clip_score else None
+    prompts = Prompts(config, ranks, conditions, parts, clip)
     return Evaluator(config, ranks, extractors, references, prompts)
 
 
@@ -87,10 +94,18 @@ class Evaluator:
         self._extractors, self._references, self._prompts = extractors, references, prompts
 
     @property
+    def is_paired(self) -> bool:
+        """Whether each sample has an image that it should be like."""
+        return self._prompts.are_paired
+
+    @property
     def samples_protocol(self) -> Protocol:
         """The protocol of `evaluate`."""
         about = self._references.about()
-        return samples_protocol(self._config, self._extractors.values(), about, self._ranks.device)
+        conditions = self._prompts.images.manifest.hash if self._prompts.are_paired else ""
+        return samples_protocol(
+            self._config, self._extractors.values(), about, self._ranks.device, conditions
+        )
 
     @property
     def folder_protocol(self) -> Protocol:
@@ -120,7 +135,7 @@ class Evaluator:
         embeddings = None if floor is None else self._prompts.embeddings(stopping)
         if floor is None or embeddings is None:
             return None
-        found = self._measure_samples(pipeline, embeddings, stopping, keep)
+        found = self._measure_samples(pipeline, embeddings, stopping, keep, baselines=baselines)
         if found is None:
             return None
         features, values = found
@@ -129,9 +144,8 @@ class Evaluator:
         protocol, count = self.samples_protocol, self._config.eval.num_samples
         values = floor | _about(protocol, count) | self._compare(features) | values
         file = protocol.file(Path(self._config.run.dir))
-        prompts = self._config.eval.prompts or self._prompts.texts[: GRID_COLUMNS**2]
-        about = about_grid(prompts, GRID_COLUMNS)
-        return Evaluation(values, self._picture(pipeline, prompts), about, file)
+        picture, about = self._picture(pipeline)
+        return Evaluation(values, picture, about, file)
 
     @torch.inference_mode()
     def evaluate_folder(self, folder: ImageFolder, stopping: Stopping = never) -> Values | None:
@@ -162,7 +176,7 @@ class Evaluator:
         """
         if not self._references.load_or_make(stopping):
             return None
-        validation = self._validation()
+        validation = open_validation(self._config, self._ranks)
         if validation is None or validation.num_samples < 2:
             return {}
         count = min(validation.num_samples, max(self._config.eval.num_samples, 2))
@@ -179,28 +193,33 @@ class Evaluator:
             values[f"floor/fd_{name}"] = distance
         return values
 
-    def _validation(self) -> ImageStream | None:
-        """Open data.val; None if there is no such data set."""
-        try:
-            size_bytes(join_location(self._config.data.val, FILE_NAME))
-        except FileNotFoundError:
-            return None
-        return open_images(self._config, Ranks(0, 1, self._ranks.device), "val")
-
     def _measure_samples(
-        self, pipeline: Pipeline, embeddings: list[Tensor], stopping: Stopping, keep: Path | None
+        self,
+        pipeline: Pipeline,
+        embeddings: list[Tensor],
+        stopping: Stopping,
+        keep: Path | None,
+        *,
+        baselines: bool,
     ) -> tuple[dict[Features, FeatureSet], dict[str, float]] | None:
         """Draw the samples; return their features and CLIP score, or None if asked to stop."""
         collectors = self._collectors(self._extractors)
         scored = collectors.get(Features.open_clip) if self._config.eval.clip_score else None
         score = None if scored is None else ClipScore(scored.width, self._ranks.device)
-        parts = self._prompts.parts
-        with self._lent(self._extractors), self._progress(len(parts), "drawing samples") as bar:
+        parts, kind, fit = self._prompts.parts, self._config.conditioner.kind, None
+        if kind in FITS:
+            measured = [self._extractors[name] for name in self._config.eval.features]
+            fit = FITS[kind](self._config, measured, self._ranks.device, baselines=baselines)
+        lent = self._lent(self._extractors, fit.networks if fit else ())
+        with lent, self._progress(len(parts), "drawing samples") as bar:
             for number, part in enumerate(parts):
                 if stopping("evaluation"):
                     return None
-                images = self._draw(pipeline, part, keep) if part else None
+                given = self._prompts.given(part) if part else None
+                images = None if given is None else self._draw(pipeline, given, part, keep)
                 found = {name: one.update(images) for name, one in collectors.items()}
+                if fit is not None and given is not None and images is not None:
+                    fit.update(self._compared(pipeline, given, images, found))
                 embedded = found.get(Features.open_clip)
                 if score is not None and embedded is not None:
                     score.update(embedded, embeddings[number])
@@ -209,23 +228,58 @@ class Evaluator:
         if score is not None:
             self._ranks.sum_(score.state())
             values = score.compute()
+        if fit is not None:
+            self._ranks.sum_(fit.state())
+            values |= fit.compute()
         return {name: one.finish() for name, one in collectors.items()}, values
 
-    def _draw(self, pipeline: Pipeline, part: range, keep: Path | None) -> Tensor:
-        prompts = [self._prompts.texts[number] for number in part]
+    def _draw(self, pipeline: Pipeline, given: Given, part: range, keep: Path | None) -> Tensor:
         with fp32_products(tf32=self._config.eval.tf32):
-            images = pipeline.draw(prompts, part, self._config.eval.seed)
+            images = pipeline.draw(given, part, self._config.eval.seed)
         if keep is not None:
-            for number, image, prompt in zip(part, images, prompts, strict=True):
+            for number, image, prompt in zip(part, images, given.captions, strict=True):
                 about = {"prompt": prompt, "seed": self._config.eval.seed, "sample": number}
                 save_png(keep / f"{number:06d}.png", image, about)
         return images
 
-    def _picture(self, pipeline: Pipeline, prompts: list[str]) -> Tensor:
-        """Draw a grid of one image per prompt, [3, H, W] uint8, with a seed of its own."""
+    def _compared(
+        self,
+        pipeline: Pipeline,
+        given: Given,
+        images: Tensor,
+        found: Mapping[Features, Tensor | None],
+    ) -> Batch:
+        """Return samples with what they are compared with, on the device."""
+        features = [found[name] for name in self._config.eval.features]
+        return Batch(
+            given=given,
+            images=from_uint8(images.to(self._ranks.device)),
+            features=[one for one in features if one is not None],
+            pipeline=pipeline,
+        )
+
+    def _picture(self, pipeline: Pipeline) -> tuple[Tensor, dict[str, object]]:
+        """Draw a grid [3, H, W] uint8 with a seed of its own; return it with what its PNG says.
+
+        It has an image for each prompt. For conditions made of images, label maps or boxes, its
+        three rows are conditions, samples and images.
+        """
+        if not self._prompts.are_paired:
+            prompts = self._config.eval.prompts or self._prompts.texts[: GRID_COLUMNS**2]
+            images = self._drawn(pipeline, Given(prompts))
+            return grid(images, GRID_COLUMNS), about_grid(prompts, GRID_COLUMNS)
+        count = min(PAIRED_COLUMNS, self._config.eval.num_samples)
+        given = self._prompts.given(range(count))
+        assert given.images is not None
+        conditions = pipeline.conditioner.picture(given)
+        rows = [to_uint8(conditions), self._drawn(pipeline, given), to_uint8(given.images)]
+        names = [f"{row} {n + 1}" for row in ("condition", "sample", "image") for n in range(count)]
+        return grid(torch.cat(rows), count), about_grid(names, count)
+
+    def _drawn(self, pipeline: Pipeline, given: Given) -> Tensor:
         with fp32_products(tf32=self._config.eval.tf32):
-            images = pipeline.draw(prompts, range(len(prompts)), self._config.eval.seed + 1)
-        return grid(images, GRID_COLUMNS)
+            count = len(given.captions)
+            return pipeline.draw(given, range(count), self._config.eval.seed + 1)
 
     def _measure(
         self, images: Iterable[ImageBatch], rounds: int, phase: str, stopping: Stopping
@@ -258,11 +312,22 @@ class Evaluator:
                 values |= compare(self._config.eval, extractor, found[name], reference)
         return values
 
-    def _lent(self, names: Iterable[Features]) -> AbstractContextManager[None]:
-        return on_device([self._extractors[name] for name in names], self._ranks.device)
+    def _lent(
+        self, names: Iterable[Features], others: Sequence[nn.Module] = ()
+    ) -> AbstractContextManager[None]:
+        return on_device([*(self._extractors[name] for name in names), *others], self._ranks.device)
 
     def _progress(self, rounds: int, label: str) -> "tqdm[NoReturn]":
         return progress_bar(rounds, label, "batch", hidden=not self._ranks.is_main)
+
+
+def open_validation(config: Config, ranks: Ranks) -> ImageStream | None:
+    """Open data.val on this rank alone; None if there is no such data set."""
+    try:
+        size_bytes(join_location(config.data.val, FILE_NAME))
+    except FileNotFoundError:
+        return None
+    return open_images(config, Ranks(0, 1, ranks.device), "val")
 
 
 def _about(protocol: Protocol, count: int) -> Values:

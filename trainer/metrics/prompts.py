@@ -1,45 +1,77 @@
-"""The prompts of evaluated samples, and their CLIP embeddings."""
+"""The conditions of evaluated samples, and the CLIP embeddings of their prompts."""
 
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from data.streams.images import ImageStream
 from models.conditioning.clip import Clip
-from trainer.config import EvalConfig
+from models.conditioning.given import Given
+from models.config.conditioning import CONDITIONERS
+from trainer.config import Config
 from trainer.runtime import rng
 from trainer.runtime.placement import on_device
 from trainer.runtime.progress import Stopping
 from trainer.runtime.ranks import Ranks
-from trainer.runtime.rng import Purpose
+from trainer.runtime.rng import ConditionDraws, Purpose
+from trainer.streams import given_by
 
 
 class Prompts:
-    """Captions of training images, chosen at random by eval.seed."""
+    """Captions of images, chosen at random by eval.seed, and what else their condition is made of.
+
+    Conditions that are made of images, label maps or boxes come from other images than the
+    training's where there are some: a network could know its training images by heart.
+    """
 
     def __init__(
         self,
-        config: EvalConfig,
+        config: Config,
         ranks: Ranks,
         images: ImageStream,
         parts: Sequence[range],
         clip: Clip | None,
     ) -> None:
         """parts: numbers of this rank's samples in each batch. clip: None: no embeddings."""
-        self._config, self._ranks, self._images = config, ranks, images
+        self._config, self._ranks, self.images = config.eval, ranks, images
         self.parts, self._clip = parts, clip
+        self.are_paired = bool(CONDITIONERS[config.conditioner.kind].reads)
+        """Whether each sample has an image that it should be like."""
         self._embeddings: list[Tensor] = []
 
     @cached_property
-    def texts(self) -> list[str]:
-        """The prompts of all samples; captions repeat if there are more samples than images."""
-        seed, total = self._config.seed, self._images.num_samples
+    def _numbers(self) -> NDArray[np.int64]:
+        """The image of each sample; they repeat if there are more samples than images."""
+        seed, total = self._config.seed, self.images.num_samples
         wanted = self._config.num_samples
         order = rng.chosen(seed, Purpose.choice, 0, 0, total, min(wanted, total))
-        return self._images.captions(np.resize(order, wanted))
+        return np.resize(order, wanted)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The prompts of all samples."""
+        return self.images.captions(self._numbers)
+
+    def given(self, samples: Sequence[int]) -> Given:
+        """Return what the condition of these samples is made of, [B] numbers of samples.
+
+        Raises: ValueError where an image cannot be read.
+        """
+        captions = [self.texts[number] for number in samples]
+        if not self.are_paired:
+            return Given(captions)
+        numbers = self._numbers[list(samples)]
+        batch = self.images.read(numbers)
+        if len(batch.index) < len(numbers):
+            lost = sorted({*numbers.tolist()} - {*batch.index.tolist()})
+            raise ValueError(f"{self.images.option}: sample {lost[0]} is damaged: pack it again")
+        ids = np.asarray(samples, np.int64)
+        draws = ConditionDraws(self._config.seed, np.zeros_like(ids), ids)
+        return given_by(batch, captions, draws)
 
     def embeddings(self, stopping: Stopping) -> list[Tensor] | None:
         """Embed this rank's prompts at the first call; collective.

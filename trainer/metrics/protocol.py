@@ -44,10 +44,12 @@ def samples_protocol(
     extractors: Iterable[FeatureExtractor],
     reference: Mapping[str, object],
     device: torch.device,
+    conditions: str,
 ) -> Protocol:
     """Make the protocol of a checkpoint's samples, drawn on this device.
 
-    reference: see `References.about`.
+    reference: see `References.about`. conditions: hash of the data set whose images, label maps or
+    boxes the conditions are made of; empty: captions alone.
     """
     whole, own = public_config(config), config.eval
     samples = {
@@ -58,6 +60,8 @@ def samples_protocol(
         **{name: whole[name] for name in DRAWING},
         **_arithmetic(config, device),
     }
+    if conditions:
+        samples |= {"conditions": conditions, "perceptual": str(own.perceptual_features)}
     return Protocol(_content(config, samples, own.clip_score, extractors, reference))
 
 

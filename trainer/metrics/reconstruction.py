@@ -87,9 +87,15 @@ class ReconstructionMetrics:
             for extractor in self._extractors
         ]
 
-    def update(self, images: Tensor, reconstructions: Tensor) -> None:
+    def update(
+        self,
+        images: Tensor,
+        reconstructions: Tensor,
+        features: tuple[Sequence[Tensor], Sequence[Tensor]] | None = None,
+    ) -> None:
         """Add images; both [B, 3, H, W], clamped to [-1, 1].
 
+        features: of images and of reconstructions, [B, D] for each extractor; None: extract them.
         Raises: ValueError for images smaller than SSIM's window.
         """
         images, reconstructions = images.float().clamp(-1, 1), reconstructions.float().clamp(-1, 1)
@@ -103,9 +109,16 @@ class ReconstructionMetrics:
         self._sums["count"] += len(images)
         for name, value in values.items():
             self._sums[name] += value.double().sum()
-        for extractor, moments in zip(self._extractors, self._moments, strict=True):
-            for total, pixels in zip(moments, (images, reconstructions), strict=True):
-                total.update(extractor(to_uint8(pixels).to(images.device)))
+        if features is None:
+            features = self.extract(images), self.extract(reconstructions)
+        for moments, *both in zip(self._moments, *features, strict=True):
+            for total, found in zip(moments, both, strict=True):
+                total.update(found)
+
+    def extract(self, images: Tensor) -> list[Tensor]:
+        """Extract features of images [B, 3, H, W] in [-1, 1]: [B, D] for each extractor."""
+        pixels = to_uint8(images).to(images.device)
+        return [extractor(pixels) for extractor in self._extractors]
 
     def state(self) -> dict[str, Tensor]:
         """Return the float64 sums themselves, no copies: a sum over ranks in place merges ranks."""

@@ -22,6 +22,11 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """Convert uint8 images [B, 3, H, W] to float32 in [-1, 1], on their device."""
+    return images.float() / 127.5 - 1
+
+
 def grid(images: Tensor, columns: int) -> Tensor:
     """Lay out uint8 images [B, 3, H, W] as [3, rows·(H+GAP)+GAP, columns·(W+GAP)+GAP]."""
     count, channels, height, width = images.shape

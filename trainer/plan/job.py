@@ -90,7 +90,7 @@ def _memory(forecast: Forecast) -> Iterator[Row]:
     memory = forecast.memory
     precision = forecast.config.train.precision
     yield f"weights, {precision}", _gib(memory.weights)
-    yield "text encoder", _gib(memory.frozen)
+    yield "frozen networks", _gib(memory.frozen)
     yield "optimizer, fp32", _gib(memory.optimizer)
     yield f"EMA, {forecast.layout.averages} x fp32", _gib(memory.ema)
     yield "gradients and buckets", _gib(memory.gradients)

@@ -10,8 +10,8 @@ from trainer.cli import main
 OPTIONS = """
     precompute data.dir data.train data.latents data.image_size data.flip
     data.captions data.caption_fields[] data.encoding
-    data.pixels data.maps data.boxes data.store_text data.max_rejected_share data.cache
-    autoencoder conditioner
+    data.pixels data.maps data.boxes data.store_text data.store_images data.max_rejected_share
+    data.cache autoencoder conditioner
 """
 
 if __name__ == "__main__":

@@ -9,18 +9,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from data.read_ahead import with_processes, with_thread
 from data.shards.annotations import encode_boxes, encode_map
 from data.shards.captions import CaptionRule, read_captions
-from data.shards.codecs import BOXES, CAPTION_EXTENSIONS, MAP, BadSampleError
+from data.shards.codecs import BOXES, CAPTION_EXTENSIONS, MAP, BadSampleError, encode_png
 from data.shards.manifest import Manifest, Rejected, Shard
 from data.shards.reader import ShardReader
 from data.shards.squares import decode_square
 from data.streams.data_set import annotation_rule
 from trainer.config import Config
 
+IMAGE = "png"
+"""Extension of an image that is stored beside its latents."""
 COPIED_EXTENSIONS = (*CAPTION_EXTENSIONS, "json")
 """Annotations are not copied: they are cropped with the image."""
 
@@ -47,7 +50,8 @@ class Samples(NamedTuple):
     captions: list[list[str]]
     """All captions of each good sample."""
     copied: list[dict[str, bytes]]
-    """Members of each good sample beside its latents: captions, metadata, cropped annotations."""
+    """Members of each good sample beside its latents: captions, metadata, cropped annotations and
+    image."""
     rejected: list[Rejected]
     noted: Counter[str]
     """See `Manifest.noted`."""
@@ -91,6 +95,8 @@ class Decoder:
             else:
                 samples.keys.append(sample.key)
                 pixels.append(image.pixels)
+                if self._data.store_images:
+                    members[IMAGE] = encode_png(Image.fromarray(image.pixels))
                 if image.labels is not None:
                     members[MAP] = encode_map(image.labels)
                 if self._annotations.boxes:

@@ -15,6 +15,7 @@ from models.conditioning.text import Text, text_fingerprint
 from models.first_stage import autoencoder
 from models.first_stage.autoencoder import load_autoencoder
 from trainer.config import Config, Precision
+from trainer.precompute.decode import IMAGE
 
 
 class DeviceEvent:
@@ -84,6 +85,7 @@ class Encoder:
             "text_encoder": text_fingerprint(text) if text else "",
             "captions": CaptionRule.of(config.data).several if text else "",
             "annotations": " ".join(AnnotationRule(config.data.maps, config.data.boxes).members),
+            "images": IMAGE if config.data.store_images else "",
         }
         self._first_stage = first_stage.to(self._device, self._dtype).eval()
         self._text = text.to(self._device) if text else None
@@ -100,16 +102,13 @@ class Encoder:
         images = (images.float() / 127.5 - 1).to(self._dtype)
         begin = DeviceEvent(self._device)
         moments = self._first_stage.encode(images)
-        height, width = moments.shape[-2:]
         arrays = {"moments.npy": moments}
         if self._flip:
             arrays["flip.moments.npy"] = self._first_stage.encode(images.flip(3))
         if self._text is not None:
             texts = [text for of_sample in captions for text in of_sample]
-            parts = [
-                self._text(texts[start : start + len(pixels)], (height, width)).tokens
-                for start in range(0, len(texts), len(pixels))
-            ]
+            starts = range(0, len(texts), len(pixels))
+            parts = [self._text.encode(texts[start : start + len(pixels)]) for start in starts]
             arrays["text.npy"] = torch.cat(parts)
         end = DeviceEvent(self._device)
         host = {name: value.half().to("cpu", non_blocking=True) for name, value in arrays.items()}

@@ -32,6 +32,7 @@ OPTIONS = {
     "text_encoder": "data.store_text or conditioner.pretrained",
     "captions": "data.captions or data.caption_fields",
     "annotations": "data.maps or data.boxes",
+    "images": "data.store_images",
 }
 """Entry of an identity → the options that determine it."""
 

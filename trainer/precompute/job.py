@@ -156,6 +156,7 @@ def _manifest(
             flip=folder.identity["flip"],
             text_encoder=folder.identity["text_encoder"],
             captions=folder.identity["captions"],
+            images=bool(folder.identity["images"]),
         ),
     )
 

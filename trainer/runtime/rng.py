@@ -9,6 +9,7 @@ module turns the words into draws.
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class Purpose(IntEnum):
     offset_noise = 8
     caption = 9
     crop = 10
+    condition = 11
+    condition_noise = 12
 
 
 def seed_torch(seed: int) -> None:
@@ -110,6 +113,24 @@ def normal(
     count = math.prod(shape)
     draws = box_muller(words(seed, purpose, epochs, samples, -(-count // 2)))
     return draws[:, :count].reshape(len(samples), *shape)
+
+
+class ConditionDraws(NamedTuple):
+    """The random choices of conditions: `models.conditioning.given.Draws`."""
+
+    seed: int
+    epochs: Ids
+    """[B], visit to each sample."""
+    samples: Ids
+    """[B], number of each sample."""
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Draw from [0, 1): [B, count]."""
+        return uniforms(self.seed, Purpose.condition, self.epochs, self.samples, count)
+
+    def normal(self, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Draw standard normal values: [B, *shape]."""
+        return normal(self.seed, Purpose.condition_noise, self.epochs, self.samples, shape)
 
 
 def box_muller(words: NDArray[np.uint64]) -> NDArray[np.float32]:

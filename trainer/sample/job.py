@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,16 +16,24 @@ from tqdm import tqdm
 from data.shards.codecs import MAX_IMAGE_BYTES, BadSampleError, decode_image
 from data.storage.untrusted import read_file
 from models.conditioning.conditioner import Size
+from models.conditioning.given import Given
 from models.config import ConditionerKind
 from models.diffusion.samplers import num_steps
 from trainer.checkpoints.reader import chosen_checkpoint
 from trainer.config import Config, SampleConfig
-from trainer.pictures.png import read_about, save_picture, save_png
+from trainer.pictures.png import read_about, save_picture, save_png, to_uint8
 from trainer.pictures.sheets import contact_sheet
 from trainer.pipeline import Pipeline
 from trainer.runs.data_set import numbers_of, read_classes
 from trainer.runs.paths import SAMPLES, step_name
 from trainer.runtime.ranks import Ranks, join
+from trainer.sample.conditions import (
+    FileCondition,
+    check_files,
+    joined,
+    read_conditions,
+    same_sizes,
+)
 
 SHEET_IMAGES = 400
 """Most images on the contact sheet."""
@@ -33,17 +41,19 @@ MAX_PROMPTS_BYTES = 2**26
 
 
 def draw(config: Config) -> None:
-    """Draw sample.images_per_prompt images of each prompt, spread over the ranks.
+    """Draw sample.images_per_prompt images of each prompt or condition, spread over the ranks.
 
     Image i has prompt number i modulo the number of prompts; therefore more images per prompt do
     not change the first images. Each is a PNG file with its parameters as metadata.
     Raises: ValueError or FileNotFoundError that names sample.prompts, sample.export,
-    checkpoint.load, sample.init_image or sample.out.
+    checkpoint.load, sample.init_image, the files of conditions, or sample.out.
     """
-    options = config.sample
-    prompts = read_prompts(options) * options.images_per_prompt
+    options, kind = config.sample, config.conditioner.kind
+    check_files(config)
+    conditions = read_conditions(config)
+    prompts = _titles(config, conditions) * options.images_per_prompt
     captions = prompts
-    if config.conditioner.kind is ConditionerKind.class_label:
+    if kind is ConditionerKind.class_label:
         captions = numbers_of(prompts, read_classes(Path(config.run.dir)))
     size = options.height or config.data.image_size, options.width or config.data.image_size
     image = read_image(options.init_image, size) if options.init_image else None
@@ -56,24 +66,49 @@ def draw(config: Config) -> None:
     total = sum(map(len, parts)) * num_steps(config.sampler, strength)
     hidden = None if ranks.is_main else True
     with tqdm(total=total, desc="sampling", unit="image step", disable=hidden) as bar:
-        for part in parts:
+        for part, given, one in _givens(parts, captions, conditions):
             images = pipeline.draw(
-                [captions[number] for number in part],
+                given,
                 part,
                 options.seed,
                 lambda _, latents: _advance(bar, len(latents)),
-                size=size,
+                size=size if one is None else one.padded,
                 negative_prompt=options.negative_prompt or None,
                 init_image=image,
                 strength=strength,
             )
             for number, drawn in zip(part, images, strict=True):
                 facts = {"prompt": prompts[number], "sample": number, **about}
-                save_png(_path(folder, number), drawn, facts)
+                save_png(_path(folder, number), drawn if one is None else one.cut(drawn), facts)
     ranks.barrier()
     if ranks.is_main:
-        sheet = _sheet(folder, prompts, options, about)
+        for number, condition in enumerate(conditions):
+            shown = to_uint8(pipeline.conditioner.picture(condition.given))[0]
+            save_png(_condition_path(folder, number), condition.cut(shown))
+        sheet = _sheet(folder, prompts, len(conditions), options, about)
         print(f"{len(prompts)} images in {folder}; contact sheet: {sheet}")
+
+
+def _titles(config: Config, conditions: Sequence[FileCondition]) -> list[str]:
+    """Return the prompts, or the names of conditions from files."""
+    if conditions:
+        return [condition.name for condition in conditions]
+    if config.conditioner.kind is ConditionerKind.none and not config.sample.prompts_file:
+        return list(config.sample.prompts) or [""]
+    return read_prompts(config.sample)
+
+
+def _givens(
+    parts: Sequence[Sequence[int]], captions: list[str], conditions: Sequence[FileCondition]
+) -> Iterator[tuple[Sequence[int], Given, FileCondition | None]]:
+    """Yield numbers of samples, their conditions, and one of these for the sizes."""
+    for part in parts:
+        if not conditions:
+            yield part, Given([captions[number] for number in part]), None
+            continue
+        for run in same_sizes(part, conditions):
+            own = [conditions[number % len(conditions)] for number in run]
+            yield run, joined(own), own[0]
 
 
 def read_prompts(options: SampleConfig) -> list[str]:
@@ -172,22 +207,38 @@ def _source(about: Mapping[str, object]) -> str:
 
 
 def _sheet(
-    folder: Path, prompts: list[str], options: SampleConfig, about: dict[str, object]
+    folder: Path,
+    prompts: list[str],
+    conditions: int,
+    options: SampleConfig,
+    about: dict[str, object],
 ) -> Path:
-    """Write a sheet of the first SHEET_IMAGES images, ordered by prompt; return its path."""
+    """Write a sheet of the first SHEET_IMAGES images, ordered by prompt; return its path.
+
+    Each condition from a file is shown before its images.
+    """
     different = len(prompts) // options.images_per_prompt
     order = sorted(range(len(prompts)), key=lambda number: number % different)[:SHEET_IMAGES]
     pictures: list[tuple[Image.Image, str]] = []
     for number in order:
-        content = read_file(_path(folder, number), limit=MAX_IMAGE_BYTES, below=folder)
-        pictures.append((decode_image(content), prompts[number]))
+        if number < conditions:
+            pictures.append((_open(_condition_path(folder, number)), "condition"))
+        pictures.append((_open(_path(folder, number)), prompts[number]))
     path = folder / "sheet.png"
     save_picture(path, contact_sheet(pictures), {"prompts": prompts[:different], **about})
     return path
 
 
+def _open(path: Path) -> Image.Image:
+    return decode_image(read_file(path, limit=MAX_IMAGE_BYTES, below=path.parent))
+
+
 def _path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.png"
+
+
+def _condition_path(folder: Path, number: int) -> Path:
+    return folder / f"condition_{number:05d}.png"
 
 
 def _advance(bar: "tqdm[NoReturn]", images: int) -> None:

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from data.streams.latents import LatentStream
+from models.condition import Condition
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.config import LatentScaling
+from models.config.conditioning import CONDITIONERS
 from models.first_stage import autoencoder
 from models.first_stage.autoencoder import load_autoencoder
 from models.first_stage.first_stage import FirstStage
@@ -30,7 +34,7 @@ from trainer.runtime import rng
 from trainer.runtime.placement import on_device
 from trainer.runtime.progress import Stopping
 from trainer.runtime.ranks import Ranks
-from trainer.streams import open_latents
+from trainer.streams import CONDITION_ARRAYS, open_latents
 from trainer.train.denoising_loss import DenoisingLoss
 from trainer.train.latent_scale import choose_scale
 from trainer.train.task import Trained, TrainingTask, Turn, Weights
@@ -68,7 +72,9 @@ class DenoisingTask(TrainingTask):
         if text is not None:
             stored = info.text_encoder if config.data.store_text else ""
             self._networks[TEXT_ENCODER] = stored or text_fingerprint(text)
+        stream.consumed = CONDITION_ARRAYS
         stream.pinned = ranks.device.type == "cuda"
+        frozen[1].use_first_stage(self._encode)
         self._use(scale)
         self.trained = {DENOISER: Trained(module, averaged=True)}
         self.kernels = kernels
@@ -82,6 +88,12 @@ class DenoisingTask(TrainingTask):
         self._use(factor)
         number = 1 / factor.values["std"][0]
         self._ranks.say(f"latents are multiplied by {number:.6g}, as in the checkpoint")
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] to the normalised means of their posteriors: [B, C, h, w]."""
+        means = self._autoencoder.encode(images.to(self._autoencoder.dtype))[:, 0].float()
+        return self._scale.to(images.device).normalise(means)
 
     def turns(self, step: int) -> Sequence[Turn]:
         """Return the one turn of every step."""
@@ -162,6 +174,8 @@ def build_denoising(config: Config, ranks: Ranks) -> DenoisingTask:
     conditioner = build_conditioner(config.conditioner)
     _check_latents(config, stream, first_stage, conditioner)
     cast_networks(config, ranks.device, first_stage, conditioner)
+    if CONDITIONERS[config.conditioner.kind].encodes:
+        first_stage.to(ranks.device)
     if not (isinstance(conditioner, Text) and config.data.store_text):
         conditioner.to(ranks.device)  # beside stored text, training needs the empty caption alone
     unet = UNet2DCondition(config.unet)
@@ -187,7 +201,9 @@ def _choose_attention(
     config: Config, conditioner: Conditioner, device: torch.device
 ) -> AttentionChoice:
     side = config.data.image_size // config.autoencoder.downsample_factor
-    tokens, mask, _ = conditioner([None], (side, side))
+    empty = Given([None])
+    has_tokens = CONDITIONERS[config.conditioner.kind].has_tokens
+    tokens, mask, _ = conditioner.condition(empty, (side, side)) if has_tokens else Condition()
     shapes = attention_shapes(
         config.unet,
         config.train.micro_batch_size,

@@ -7,20 +7,21 @@ from torch import Tensor, nn
 
 from data.streams.stream import Batch
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, TokenIds
+from models.conditioning.conditioner import Conditioner, Inputs
 from models.conditioning.text import Text
 from models.diffusion.process import Diffusion
 from models.first_stage.autoencoder import sample_posterior
 from models.latent_diffusion import LatentScale
 from trainer.config import Config
 from trainer.runtime import rng
-from trainer.runtime.rng import Purpose
+from trainer.runtime.rng import ConditionDraws, Purpose
+from trainer.streams import given_by
 from trainer.train.task import Loss, memory_format
 
 TIMESTEP_BINS = 4
 """The loss is logged by quarters of the timesteps."""
-TOKEN_IDS = "caption/"
-"""Begins the names of token ids in `Batch.drawn`."""
+GIVEN = "given/"
+"""Begins the names of a conditioner's inputs in `Batch.drawn`."""
 
 
 class DenoisingLoss:
@@ -52,8 +53,10 @@ class DenoisingLoss:
         }
         if "text" in batch.arrays:
             return drawn | {"dropped": torch.as_tensor(self._dropped(batch))}
-        ids = self._conditioner.tokenize(self._captions(batch))
-        return drawn | {TOKEN_IDS + name: numbers for name, numbers in ids.items()}
+        draws = ConditionDraws(self._config.run.seed, batch.epoch, batch.index)
+        given = given_by(batch, self._captions(batch), draws)
+        inputs = self._conditioner.prepare(given)
+        return drawn | {GIVEN + name: numbers for name, numbers in inputs.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Compute the loss of one micro batch.
@@ -92,24 +95,20 @@ class DenoisingLoss:
             noise = noise + self._config.diffusion.offset_noise * offsets[:, :, None, None]
         return noise
 
-    def _condition(self, batch: Batch, latents: Tensor) -> Condition | Captions | TokenIds:
-        """Return the condition of a micro batch.
-
-        For a trained conditioner, which the model has, return its token ids or captions.
-        """
+    def _condition(self, batch: Batch, latents: Tensor) -> Condition | Inputs:
+        """Return the condition of a micro batch, or the inputs of a conditioner that is trained."""
         if "text" in batch.arrays:
             assert isinstance(self._conditioner, Text)
             return self._conditioner.restore(batch.arrays["text"].float(), batch.drawn["dropped"])
-        ids = {
-            name.removeprefix(TOKEN_IDS): numbers
+        inputs = {
+            name.removeprefix(GIVEN): numbers
             for name, numbers in batch.drawn.items()
-            if name.startswith(TOKEN_IDS)
+            if name.startswith(GIVEN)
         }
-        given = ids or self._captions(batch)
         if self._conditioner.trainable:
-            return given
+            return inputs
         height, width = latents.shape[-2:]
-        return self._conditioner(given, (height, width))
+        return self._conditioner(inputs, (height, width))
 
     def _captions(self, batch: Batch) -> list[str | None]:
         """Return the captions; a dropped one is None, and has the null condition."""

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from data.streams.rows import MAP_ARRAY
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, Outline, Size, TokenIds
+from models.conditioning.conditioner import Conditioner, Inputs, Outline, Size
 from models.conditioning.conditioners import build_conditioner, conditioner_class
+from models.conditioning.given import Given
 from models.config import ConditionerConfig
 from models.config.conditioning import CONDITIONERS
 from models.first_stage.autoencoder import build_stage
@@ -31,7 +34,7 @@ def plan_denoising(config: Config) -> StepPlan:
     """Plan a denoising step on latents and conditions that have shapes and no values."""
     stage = config.autoencoder
     side = config.data.image_size // stage.downsample_factor
-    conditioner = StandIn(config.conditioner)
+    conditioner = _conditioner(config.conditioner)
     # the captions have no meaning here: use the null condition, which every conditioner has
     all_null = replace(config.conditioner, cond_drop_prob=1.0)
     step_loss = DenoisingLoss(
@@ -47,15 +50,21 @@ def plan_denoising(config: Config) -> StepPlan:
 
     def loss(module: nn.Module, micro_batch: int) -> Tensor:
         posteriors = torch.empty(micro_batch, 2, stage.latent_channels, side, side).half()
-        batch = shapes_only(moments=posteriors)
+        arrays = {"moments": posteriors}
+        if config.data.maps:
+            pixels = config.data.image_size
+            arrays[MAP_ARRAY] = torch.zeros(micro_batch, pixels, pixels, dtype=torch.uint8)
+        batch = shapes_only(**arrays)
         batch.drawn = step_loss.draw(batch)
         return step_loss(module, batch).mean
 
-    outline = conditioner.shape
+    outline = conditioner_class(config.conditioner).outline(config.conditioner)
     latent = 2 * stage.latent_channels * side**2 * NUMBER_BYTES + TAR_HEADER_BYTES
     sample_bytes = (1 + config.data.flip) * latent + MEMBER_BYTES
     if config.data.store_text:
         sample_bytes += outline.tokens * conditioner.context_dim * NUMBER_BYTES + TAR_HEADER_BYTES
+    pixels = config.data.image_size**2  # the size of a PNG that cannot be compressed
+    sample_bytes += 3 * pixels * config.data.store_images + pixels * config.data.maps
     return StepPlan(
         build_module=build_module,
         loss=loss,
@@ -66,20 +75,33 @@ def plan_denoising(config: Config) -> StepPlan:
     )
 
 
+def _conditioner(config: ConditionerConfig) -> Conditioner:
+    """Build a conditioner without weights; one that is trained prepares its true inputs."""
+    if not conditioner_class(config).trainable:
+        return StandIn(config)
+    with torch.device("meta"):
+        return build_conditioner(config)
+
+
 class StandIn(Conditioner):
-    """A conditioner without weights, whose conditions have shapes and no values."""
+    """A frozen conditioner without weights, whose conditions have shapes and no values."""
+
+    trainable = False
 
     def __init__(self, config: ConditionerConfig) -> None:
         super().__init__()
         kind = conditioner_class(config)
         self.shape = kind.outline(config)
-        self.trainable = kind.trainable
         self.context_dim = config.width if self.shape.tokens else 0
         self._planes = CONDITIONERS[config.kind].planes(config)
 
     @override
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
-        batch, outline = len(captions), self.shape
+    def prepare(self, given: Given) -> Inputs:
+        return {"rows": torch.empty(len(given.captions))}
+
+    @override
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
+        batch, outline = len(inputs["rows"]), self.shape
         tokens = mask = planes = None
         if outline.tokens:
             tokens = torch.empty(batch, outline.tokens, self.context_dim)
@@ -98,5 +120,11 @@ def _frozen(config: Config, conditioner: Outline) -> Frozen:
     total = parameters + conditioner.parameters
     if config.data.store_text:
         return Frozen(total)
+    running, flops = conditioner.parameters, conditioner.flops
+    if CONDITIONERS[config.conditioner.kind].encodes:
+        side = config.data.image_size
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            first_stage.encode(torch.empty(1, config.autoencoder.in_channels, side, side))
+        running, flops = running + parameters, flops + counter.get_total_flops()
     width = inference_dtype(torch.device("cuda"), config.train.precision).itemsize
-    return Frozen(total, conditioner.parameters * width, conditioner.flops)
+    return Frozen(total, running * width, flops)

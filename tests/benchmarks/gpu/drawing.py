@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.first_stage.autoencoder import load_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.unet import UNet2DCondition
@@ -42,7 +43,7 @@ def measure(setting: Setting) -> None:
         note_peak(
             setting,
             f"draw_{name}",
-            lambda pipeline=pipeline: pipeline.draw(prompts, numbers, seed=0),
+            lambda pipeline=pipeline: pipeline.draw(Given(prompts), numbers, seed=0),
         )
 
 

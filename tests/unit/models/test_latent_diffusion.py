@@ -5,6 +5,7 @@ import torch
 
 from models.condition import Condition
 from models.conditioning.class_label import ClassLabel
+from models.conditioning.given import Given
 from models.config import ConditionerConfig, UNetConfig
 from models.latent_diffusion import LatentDiffusion
 from models.unet import UNet2DCondition
@@ -64,10 +65,11 @@ def test_a_condition_comes_in_the_precision_of_the_unet() -> None:
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
-def test_captions_go_through_the_conditioner_that_is_trained() -> None:
+def test_inputs_go_through_the_conditioner_that_is_trained() -> None:
     conditioner, unet = ClassLabel(ConditionerConfig(num_classes=3, width=24)), unet_of()
-    module = LatentDiffusion(unet, conditioner)
-    expected = module(LATENTS, TIMESTEPS, conditioner(["2", None], (8, 8)))
-    torch.testing.assert_close(module(LATENTS, TIMESTEPS, ["2", None]), expected)
-    with pytest.raises(ValueError, match="captions need a conditioner"):
-        LatentDiffusion(unet, None)(LATENTS, TIMESTEPS, ["2", None])
+    module, given = LatentDiffusion(unet, conditioner), Given(["2", None])
+    expected = module(LATENTS, TIMESTEPS, conditioner.condition(given, (8, 8)))
+    inputs = conditioner.prepare(given)
+    torch.testing.assert_close(module(LATENTS, TIMESTEPS, inputs), expected)
+    with pytest.raises(ValueError, match="inputs need a conditioner"):
+        LatentDiffusion(unet, None)(LATENTS, TIMESTEPS, inputs)

@@ -205,9 +205,9 @@ PUBLISHED = {
     "ldm4_unconditional": (274_056_163, 368),
     "ldm8_churches": (294_966_916, 520),
     "layout": (246_277_379, 1_328),
-    "semantic": (215_229_315, 216),
-    "inpainting": (387_245_827, 416),
-    "superresolution": (113_622_563, 306),
+    "ldm4_semantic_map": (215_229_315, 216),
+    "ldm4_inpainting": (387_245_827, 416),
+    "ldm4_super_resolution": (113_622_563, 306),
 }
 """Parameters and tensors."""
 

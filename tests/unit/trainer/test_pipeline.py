@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from data.shards.transforms import square
 from models.condition import Condition
-from models.conditioning.conditioner import Captions, Conditioner, Size, TokenIds
+from models.conditioning.conditioner import Conditioner, Inputs, Size
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.first_stage.autoencoder import AutoencoderKL, build_autoencoder
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.unet import UNet2DCondition
@@ -77,12 +78,12 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(sampler: str, diffus
     pipeline, _ = pipeline_of(
         f"sampler={sampler}", f"diffusion={diffusion}", "diffusion.zero_terminal_snr=false"
     )
-    images = pipeline.draw(["0", "1", "2"], [4, 5, 6], seed=1)
+    images = pipeline.draw(Given(["0", "1", "2"]), [4, 5, 6], seed=1)
     assert images.shape == (3, 3, 32, 32)
-    alone = pipeline.draw(["1"], [5], seed=1)
+    alone = pipeline.draw(Given(["1"]), [5], seed=1)
     assert distance(images[1:2], alone) < 0.1
-    assert distance(images[1:2], pipeline.draw(["1"], [6], seed=1)) > 1.0
-    assert distance(images[1:2], pipeline.draw(["1"], [5], seed=2)) > 1.0
+    assert distance(images[1:2], pipeline.draw(Given(["1"]), [6], seed=1)) > 1.0
+    assert distance(images[1:2], pipeline.draw(Given(["1"]), [5], seed=2)) > 1.0
 
 
 def test_little_strength_keeps_the_picture() -> None:
@@ -92,7 +93,7 @@ def test_little_strength_keeps_the_picture() -> None:
     with torch.inference_mode():
         kept = to_uint8(autoencoder.decode(autoencoder.encode(PICTURE[None])[:, 0]))
     distances = [
-        distance(pipeline.draw(["0"], [0], 0, init_image=PICTURE, strength=strength), kept)
+        distance(pipeline.draw(Given(["0"]), [0], 0, init_image=PICTURE, strength=strength), kept)
         for strength in (0.01, 0.1, 0.3)
     ]
     assert distances == sorted(distances)
@@ -102,11 +103,11 @@ def test_little_strength_keeps_the_picture() -> None:
 def test_a_negative_prompt_takes_the_place_of_no_condition() -> None:
     pipeline, _ = pipeline_of()
     with torch.no_grad():
-        embedding = pipeline._conditioner.get_parameter("embedding.weight")
+        embedding = pipeline.conditioner.get_parameter("embedding.weight")
         embedding[3] = embedding[4]  # class 3 is now what no condition is
-    plain = pipeline.draw(["1"], [0], 0)
-    assert torch.equal(plain, pipeline.draw(["1"], [0], 0, negative_prompt="3"))
-    assert not torch.equal(plain, pipeline.draw(["1"], [0], 0, negative_prompt="2"))
+    plain = pipeline.draw(Given(["1"]), [0], 0)
+    assert torch.equal(plain, pipeline.draw(Given(["1"]), [0], 0, negative_prompt="3"))
+    assert not torch.equal(plain, pipeline.draw(Given(["1"]), [0], 0, negative_prompt="2"))
 
 
 def test_a_picture_is_read_as_training_reads_it(tmp_path: Path) -> None:
@@ -130,12 +131,17 @@ class Seen(Conditioner):
 
     def __init__(self) -> None:
         super().__init__()
+        self.register_buffer("here", torch.zeros(()))
         self.sizes: set[Size] = set()
 
     @override
-    def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
+    def prepare(self, given: Given) -> Inputs:
+        return {"rows": torch.zeros(len(given.captions))}
+
+    @override
+    def forward(self, inputs: Inputs, size: Size) -> Condition:
         self.sizes.add(size)
-        rows = torch.linspace(-1, 1, size[0])[:, None].expand(len(captions), 1, *size)
+        rows = torch.linspace(-1, 1, size[0])[:, None].expand(len(inputs["rows"]), 1, *size)
         return Condition(planes=rows)
 
 
@@ -145,12 +151,14 @@ def test_pictures_have_any_size_that_the_networks_halve() -> None:
     config.unet.in_channels += 1
     pipeline, seen = pipeline_of(*options)[0], Seen()
     module = LatentDiffusion(UNet2DCondition(config.unet), None)
-    pipeline._module, pipeline._conditioner = module, seen
-    wide = pipeline.draw(["", ""], [4, 5], seed=1, size=(16, 48))
+    pipeline._module, pipeline.conditioner = module, seen
+    wide = pipeline.draw(Given(["", ""]), [4, 5], seed=1, size=(16, 48))
     assert wide.shape == (2, 3, 16, 48)
     assert seen.sizes == {(4, 12)}
-    assert distance(wide[1:], pipeline.draw([""], [5], seed=1, size=(16, 48))) < 0.1
-    assert torch.equal(*(pipeline.draw([""], [5], 1, size=size) for size in (None, (32, 32))))
+    assert distance(wide[1:], pipeline.draw(Given([""]), [5], seed=1, size=(16, 48))) < 0.1
+    assert torch.equal(
+        *(pipeline.draw(Given([""]), [5], 1, size=size) for size in (None, (32, 32)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +178,7 @@ def test_what_is_no_picture_is_named(content: bytes | None, message: str, tmp_pa
 
 def test_images_are_decoded_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, autoencoder = pipeline_of()
-    whole = pipeline.draw(["0", "1", "2"], [4, 5, 6], seed=1)
+    whole = pipeline.draw(Given(["0", "1", "2"]), [4, 5, 6], seed=1)
     sizes: list[int] = []
 
     def decode(latents: Tensor) -> Tensor:
@@ -179,7 +187,7 @@ def test_images_are_decoded_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(autoencoder, "decode", decode)
     monkeypatch.setattr(module, "slice_size", lambda each, device: 2)
-    sliced = pipeline.draw(["0", "1", "2"], [4, 5, 6], seed=1)
+    sliced = pipeline.draw(Given(["0", "1", "2"]), [4, 5, 6], seed=1)
     assert sizes == [2, 1]
     assert distance(whole, sliced) < 0.01
 
@@ -188,18 +196,21 @@ def test_networks_in_bf16_draw_nearly_the_same_from_an_fp32_sampler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline, _ = pipeline_of()
-    exact = pipeline.draw(["0", "1"], [4, 5], seed=1)
+    exact = pipeline.draw(Given(["0", "1"]), [4, 5], seed=1)
     networks = pipeline._module, pipeline._autoencoder
     monkeypatch.setattr(module, "inference_dtype", lambda *_: torch.bfloat16)
     cast_networks(pipeline._config, torch.device("cpu"), *networks)
     assert {one.dtype for network in networks for one in network.parameters()} == {torch.bfloat16}
     states: list[torch.dtype] = []
     rounded = pipeline.draw(
-        ["0", "1"], [4, 5], seed=1, on_step=lambda step, latents: states.append(latents.dtype)
+        Given(["0", "1"]),
+        [4, 5],
+        seed=1,
+        on_step=lambda step, latents: states.append(latents.dtype),
     )
     assert set(states) == {torch.float32}
     assert 0 < distance(exact, rounded) < 3.0
-    started = pipeline.draw(["0"], [4], seed=1, init_image=PICTURE, strength=0.5)
+    started = pipeline.draw(Given(["0"]), [4], seed=1, init_image=PICTURE, strength=0.5)
     assert started.shape == (1, 3, 32, 32)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from models.conditioning.clip import TextTower, load_clip, text_tower
 from models.conditioning.conditioners import build_conditioner, conditioner_class
+from models.conditioning.given import Given
 from models.config import ConditionerConfig
 from models.weights import hub
 from tests.support.dead_hub import dead_hub
@@ -210,7 +211,7 @@ def test_a_clip_with_a_separate_text_tower_conditions_as_its_own_embedding(
 ) -> None:
     config, clip = write_clip(tmp_path, custom_text=True)
     conditioner = build_conditioner(config)
-    tokens = conditioner(CAPTIONS, SIZE).tokens
+    tokens = conditioner.condition(Given(CAPTIONS), SIZE).tokens
     assert tokens is not None
     ids = open_clip.SimpleTokenizer(context_length=12)(CAPTIONS)
     ends = tokens[torch.arange(len(ids)), ids.argmax(dim=-1)]

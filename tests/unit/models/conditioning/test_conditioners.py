@@ -1,5 +1,6 @@
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.condition import Condition
 from models.conditioning.class_label import ClassLabel
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner, conditioner_class
+from models.conditioning.given import Given
 from models.conditioning.text import Text, same_weights, text_fingerprint
 from models.config import ConditionerConfig, ConditionerKind, TextFeatures
 from models.config.conditioning import CONDITIONERS
@@ -51,11 +53,11 @@ def pooled(tokens: torch.Tensor, ids: torch.Tensor, clip: open_clip.CLIP) -> tor
     return tokens[torch.arange(len(ids)), ids.argmax(dim=-1)] @ clip.text_projection
 
 
-def tokens_of(config: ConditionerConfig, captions: list[str]) -> torch.Tensor:
+def tokens_of(config: ConditionerConfig, captions: Sequence[str | None]) -> torch.Tensor:
     """The context of a conditioner that pads nothing."""
-    context = build_conditioner(config)(captions, SIZE)
-    assert context is not None
+    context = build_conditioner(config).condition(Given(captions), SIZE)
     assert context.mask is None
+    assert context.tokens is not None
     return context.tokens
 
 
@@ -100,7 +102,7 @@ def test_the_text_conditioner_is_frozen_and_stays_in_evaluation_mode(
 
 
 def test_no_condition_is_the_empty_caption(tiny: tuple[ConditionerConfig, open_clip.CLIP]) -> None:
-    null, empty, heart = build_conditioner(tiny[0])([None, "", "a red heart"], SIZE).tokens
+    null, empty, heart = tokens_of(tiny[0], [None, "", "a red heart"])
     assert torch.equal(null, empty)
     assert not torch.allclose(null, heart)
 
@@ -151,7 +153,8 @@ def test_a_text_tower_in_bf16_says_so_in_its_fingerprint(
     exact, name = tokens_of(config, CAPTIONS), named(config)
     text.run_in(torch.bfloat16)
     assert {parameter.dtype for parameter in text.parameters()} == {torch.bfloat16}
-    tokens = text(CAPTIONS, SIZE).tokens
+    tokens = text.condition(Given(CAPTIONS), SIZE).tokens
+    assert tokens is not None
     assert tokens.dtype == torch.float32
     assert 1e-4 < (tokens - exact).norm() / exact.norm() < 0.05
     assert text_fingerprint(text) == f"{name}:bfloat16"
@@ -203,7 +206,8 @@ def test_class_labels_are_rows_of_a_trained_table_and_the_null_class_is_the_last
     conditioner = build_conditioner(classes())
     assert conditioner.trainable
     assert conditioner.context_dim == 8
-    context = conditioner(["0", "9", " 3\x1f", None], SIZE).tokens
+    context = conditioner.condition(Given(["0", "9", " 3\x1f", None]), SIZE).tokens
+    assert context is not None
     assert context.shape == (4, 1, 8)
     table = dict(conditioner.named_parameters())["embedding.weight"]
     assert table.shape == (11, 8)
@@ -220,15 +224,15 @@ def test_every_caption_is_a_class_or_has_a_problem(caption: str) -> None:
     problem = CONDITIONERS[ConditionerKind.class_label].caption_problem(classes(), caption)
     if problem:
         with pytest.raises(ValueError, match="is no class number"):
-            conditioner([caption], SIZE)
+            conditioner.condition(Given([caption]), SIZE)
     else:
-        conditioner([caption], SIZE)
+        conditioner.condition(Given([caption]), SIZE)
 
 
 @pytest.mark.parametrize("caption", ["10", "-1", "cat", "", "1.0", "²", "9" * 2**20])
 def test_a_caption_that_is_no_class_number_is_named(caption: str) -> None:
     with pytest.raises(ValueError, match="is no class number from 0 to 9"):
-        build_conditioner(classes())([caption], SIZE)
+        build_conditioner(classes()).condition(Given([caption]), SIZE)
 
 
 def test_class_labels_need_a_number_of_classes() -> None:
@@ -238,7 +242,7 @@ def test_class_labels_need_a_number_of_classes() -> None:
 
 def test_no_conditioner_has_an_empty_condition_and_no_parameters() -> None:
     conditioner = build_conditioner(ConditionerConfig(kind=ConditionerKind.none))
-    assert conditioner(["a cat", None], SIZE) == Condition()
+    assert conditioner.condition(Given(["a cat", None]), SIZE) == Condition()
     assert conditioner.context_dim == 0
     assert not conditioner.trainable
     assert not list(conditioner.parameters())
@@ -253,7 +257,8 @@ def test_the_outline_of_a_text_tower_is_that_of_the_loaded_one(
     outline, conditioner = conditioner_class(config).outline(config), build_conditioner(config)
     # the counter knows no formula of the CPU's fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        tokens, mask, planes = conditioner(["a red heart"], SIZE)
+        tokens, mask, planes = conditioner.condition(Given(["a red heart"]), SIZE)
+    assert tokens is not None
     assert (mask, planes) == (None, None)
     parameters = sum(parameter.numel() for parameter in conditioner.parameters())
     assert outline.parameters == parameters

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.condition import Condition
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.conditioning.text import Text, text_fingerprint
 from models.conditioning.transformers_text import TransformersText
 from models.config import ConditionerConfig, ConditionerKind, TextFeatures
@@ -65,7 +66,8 @@ def options(folder: Path | str, **more: Any) -> ConditionerConfig:
 
 
 def encode(config: ConditionerConfig) -> Condition:
-    condition = build_conditioner(config)(CAPTIONS, SIZE)
+    condition = build_conditioner(config).condition(Given(CAPTIONS), SIZE)
+    assert condition.tokens is not None
     assert condition.tokens.dtype == torch.float32
     return condition
 
@@ -101,7 +103,7 @@ def test_an_encoder_in_bf16_says_so_in_its_fingerprint(
     assert isinstance(text, Text)
     name = text_fingerprint(text)
     text.run_in(torch.bfloat16)
-    tokens, mask, _ = text(CAPTIONS, SIZE)
+    tokens, mask, _ = text.condition(Given(CAPTIONS), SIZE)
     assert tokens is not None
     assert exact.tokens is not None
     assert tokens.dtype == torch.float32
@@ -129,10 +131,11 @@ def test_stored_tokens_bring_their_mask_back(
     assert isinstance(conditioner, Text)
     assert not any(module.training for module in conditioner.modules())
     assert not any(parameter.requires_grad for parameter in conditioner.parameters())
-    tokens, mask, _ = conditioner(CAPTIONS, SIZE)
+    tokens, mask, _ = conditioner.condition(Given(CAPTIONS), SIZE)
+    assert tokens is not None
     dropped = torch.tensor([True, False, False, True, False])
     restored = conditioner.restore(tokens.half().float(), dropped)
-    expected, expected_mask, _ = conditioner([None, "", None, None, "heart"], SIZE)
+    expected, expected_mask, _ = conditioner.condition(Given([None, "", None, None, "heart"]), SIZE)
     torch.testing.assert_close(restored.tokens, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(restored.mask, expected_mask)
     assert (mask is None) == (features is TextFeatures.pooled)
@@ -232,8 +235,9 @@ def test_the_outline_of_an_encoder_has_its_shapes(
     saved: tuple[ConditionerConfig, Any], features: TextFeatures
 ) -> None:
     config = options(saved[0].pretrained, features=features)
-    tokens, mask, planes = build_conditioner(config)(CAPTIONS, SIZE)
+    tokens, mask, planes = build_conditioner(config).condition(Given(CAPTIONS), SIZE)
     outline = TransformersText.outline(config)
+    assert tokens is not None
     assert outline.tokens == tokens.shape[1]
     assert outline.masked == (mask is not None)
     assert planes is None

@@ -15,14 +15,22 @@ REFERENCE = {"dataset": "d" * 64, "num_samples": 38, "seed": 0}
 EXTRACTORS = [MeanColour(Features.dinov2)]
 
 
-def samples(*options: str, device: str = "cpu") -> Protocol:
+def samples(*options: str, device: str = "cpu", conditions: str = "") -> Protocol:
     config = load_config(["+experiment=emoji", *options])
-    return samples_protocol(config, EXTRACTORS, REFERENCE, torch.device(device))
+    return samples_protocol(config, EXTRACTORS, REFERENCE, torch.device(device), conditions)
 
 
 def folder(*options: str) -> Protocol:
     config = load_config(["+experiment=emoji", *options])
     return folder_protocol(config, EXTRACTORS, REFERENCE)
+
+
+def test_conditions_made_of_other_images_are_another_protocol() -> None:
+    first, second = samples(conditions="a" * 64), samples(conditions="b" * 64)
+    assert len({samples().hash, first.hash, second.hash}) == 3
+    perceptual = "eval.perceptual_features=efficientnet_lite0"
+    assert samples(perceptual, conditions="a" * 64).hash != first.hash
+    assert samples(perceptual).hash == samples().hash
 
 
 def test_a_folder_to_measure_later_leaves_the_protocol_of_a_training_as_it_is() -> None:

@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from models.condition import Condition
 from models.conditioning.class_label import ClassLabel
-from models.conditioning.conditioner import Captions, Conditioner, Size, TokenIds
+from models.conditioning.conditioner import Conditioner, Inputs, Size
 from models.conditioning.conditioners import build_conditioner
+from models.conditioning.given import Given
 from models.latent_diffusion import LatentDiffusion, LatentScale
 from models.layers.attention import padded_sdpa_attention
 from models.layers.blocks import use_attention
@@ -108,12 +109,13 @@ def test_no_loss_on_stored_text_waits_for_the_device(kind: str, tmp_path: Path) 
 def test_captions_that_are_read_in_the_loss_are_a_wait(tmp_path: Path) -> None:
     class Late(ClassLabel):
         @override
-        def tokenize(self, captions: Captions) -> TokenIds:
+        def prepare(self, given: Given) -> Inputs:
+            self.given = given
             return {}
 
         @override
-        def forward(self, captions: Captions | TokenIds, size: Size) -> Condition:
-            ids = super().tokenize(list(captions))
+        def forward(self, inputs: Inputs, size: Size) -> Condition:
+            ids = super().prepare(self.given)
             return super().forward({name: of_each.to(GPU) for name, of_each in ids.items()}, size)
 
     config = small("class_label", tmp_path)
