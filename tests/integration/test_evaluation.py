@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.processes import Command, run_command
 from tests.support.workshop import Workshop, losses
 from trainer.callbacks.jsonl import JsonLines
 from trainer.checkpoints.reader import latest_checkpoint
 from trainer.evaluate.job import evaluate
+from trainer.pictures.grids import GAP
 from trainer.reference.job import make_references
 from trainer.runs.paths import SAMPLES
 from trainer.runtime import slices
@@ -264,6 +266,7 @@ def test_a_second_evaluation_at_the_same_moment_ends_at_once_and_names_the_owner
     load = f"checkpoint.load={quiet / 'checkpoints' / 'step_00000004'}"
     options = ["eval.features=[efficientnet_lite0]", load, f"eval.references={tmp_path}"]
     words = workshop.overrides("emoji", *options, "eval.keep_samples=true", run=tmp_path / "run")
+    words += ["eval.prompts=[a red circle,a blue square]"]
     folder = tmp_path / "run" / "evaluations"
     first = Command("trainer.evaluate", words)
     while not list(folder.glob(".*.lease")):
@@ -281,4 +284,6 @@ def test_a_second_evaluation_at_the_same_moment_ends_at_once_and_names_the_owner
     (file,) = folder.glob("*.json")
     assert "fd_efficientnet_lite0" in read(file)
     assert len([*file.with_suffix("").glob("*.png")]) == 4
+    with Image.open(file.with_suffix(".png")) as sheet:
+        assert sheet.size == (2 * (32 + GAP) + GAP, 32 + 2 * GAP), "no room is left blank"
     assert not [*folder.glob(".*")]

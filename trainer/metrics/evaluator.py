@@ -4,7 +4,7 @@ Prompts are captions of training images. Batches do not depend on the number of 
 compares. Therefore the numbers do not depend on the number of ranks.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import cache, partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from trainer.runtime.rng import Purpose
 from trainer.streams import open_images
 
 GRID_COLUMNS = 4
+"""Most images side by side in a grid."""
 
 Values = dict[str, float | str]
 
@@ -130,7 +131,7 @@ class Evaluator:
         values = floor | _about(protocol, count) | self._compare(features) | values
         file = protocol.file(Path(self._config.run.dir))
         prompts = self._config.eval.prompts or self._prompts.texts[: GRID_COLUMNS**2]
-        about = about_grid(prompts, GRID_COLUMNS)
+        about = about_grid(prompts, _columns(prompts))
         return Evaluation(values, self._picture(pipeline, prompts), about, file)
 
     @torch.inference_mode()
@@ -225,7 +226,7 @@ class Evaluator:
         """Draw a grid of one image per prompt, [3, H, W] uint8, with a seed of its own."""
         with fp32_products(tf32=self._config.eval.tf32):
             images = pipeline.draw(prompts, range(len(prompts)), self._config.eval.seed + 1)
-        return grid(images, GRID_COLUMNS)
+        return grid(images, _columns(prompts))
 
     def _measure(
         self, images: Iterable[ImageBatch], rounds: int, phase: str, stopping: Stopping
@@ -267,3 +268,7 @@ class Evaluator:
 
 def _about(protocol: Protocol, count: int) -> Values:
     return {"num_samples": count, "protocol": protocol.hash}
+
+
+def _columns(prompts: Sequence[str]) -> int:
+    return min(len(prompts), GRID_COLUMNS)
