@@ -93,6 +93,9 @@ def _explain(error: Exception) -> str:
         return _explain_choice(lines) or text
     if path and re.search(r"not in|no attribute", text):
         return _no_option(path)
+    if path and "is not a subclass of" in text:
+        own = next(one for one in paths() if one.startswith(f"{path}."))
+        return f"{path} is a section and takes no value: set one of its options, such as {own}"
     if found := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         return _none_of(path, found[1], found[2].split(", "))
     if "not Optional" in text:
@@ -117,6 +120,8 @@ def _explain_choice(lines: Sequence[str]) -> str:
         return f"{lines[0]} --config-path leaves out conf/; --config-dir adds a folder to it"
     if found := re.search(r"No match in the defaults list\.\n.* use (\+.*)", text):
         return f"{found[1][1:]}: nothing is chosen yet, so write {found[1]}"
+    if found := re.search(r"Could not delete .* '(.*)' does|config group '(.*)' does not", text):
+        return _no_option(found[1] or found[2])
     if found := re.search(r"Could not find '(.*)/(.*)'\n", text):
         listed = re.search(r"Available options in .*:\n((?s:.*?))\n?Config search path:", text)
         return _none_of(found[1], found[2], listed[1].splitlines() if listed else ())

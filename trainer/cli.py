@@ -38,7 +38,14 @@ import models
 import trainer
 from trainer.checks import explain, to_config
 from trainer.config import Config
-from trainer.multirun import SWEEPER, combine, listed, one_folder, own_folders
+from trainer.multirun import (
+    SWEEPER,
+    combine,
+    following,
+    listed,
+    one_folder,
+    own_folders,
+)
 from trainer.options import help_text, is_switch
 from trainer.runtime.compile_caches import use_private_caches
 from trainer.runtime.launcher import CRASH_EXIT_CODE, world_size
@@ -197,6 +204,7 @@ def _sweep(
     place = partial(own_folders if has_own_folders else one_folder, options)
     found = _check(arguments, overrides, ranks, place)
     folders = [config.run.dir for config in found]
+    starter = os.getpid()
 
     def run_point(tree: DictConfig) -> None:
         number = HydraConfig.get().job.num
@@ -206,7 +214,8 @@ def _sweep(
         _load(point)(to_config(tree, ranks))
 
     def job(tree: DictConfig) -> None:
-        with clean_output():  # a launcher may run points in other processes
+        # a launcher may run points in other processes
+        with clean_output(), following(starter):
             try:
                 run_point(tree)
             except USER_ERRORS as error:

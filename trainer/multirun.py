@@ -1,20 +1,28 @@
 """The points of a sweep (-m): combinations of the listed values, and a run folder for each."""
 
 import itertools
+import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 # Hydra's sweeper is not public. It is the one that all launchers know.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
+from data.child_process import stop_with_parent
 from data.secrets import redact
+from trainer.runtime.launcher import REQUEUE_EXIT_CODE
 
 OUR_SWEEP = {"dir": "${run.dir}/sweeps", "subdir": "."}
 """hydra.sweep in conf/config.yaml."""
@@ -35,6 +43,9 @@ def _launch(self: BasicSweeper, arguments: list[str]) -> None:
     assert self.launcher is not None
     parsed = OverridesParser.create().parse_overrides(arguments)
     first = 0
+    _end_when_asked()
+    # after such an end joblib's helper removes what the workers left, and would warn of each piece
+    sys.warnoptions.append("ignore:resource_tracker")
     for batch in self.split_arguments(parsed, self.max_batch_size):
         try:
             jobs = self.launcher.launch(batch, initial_job_idx=first)
@@ -48,6 +59,43 @@ def _launch(self: BasicSweeper, arguments: list[str]) -> None:
 # Hydra makes no sweepers but those of its own packages. It has loaded them a second time.
 _plugins: Any = Plugins.instance()
 _plugins.class_name_to_class[SWEEPER].sweep = _launch
+
+
+@contextmanager
+def following(starter: int) -> Generator[None]:
+    """Let the process of a point stop with the sweep while the block runs, and end afterwards.
+
+    joblib's workers go on otherwise: they notice the end of the sweep after all of its points.
+    Jobs of submitit do not end with the sweep. starter: process id of the sweep.
+    """
+    if os.getpid() == starter:
+        _end_when_asked()  # the point before had handlers of its own
+    if os.getpid() == starter or "joblib" not in HydraConfig.get().launcher._target_:
+        yield
+        return
+    stop_with_parent(starter)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # between two points, end at once
+        if os.getppid() != starter:
+            os._exit(REQUEUE_EXIT_CODE)
+
+
+def _end_when_asked() -> None:
+    """Let SIGTERM or Ctrl-C end this process at once, after a line; its workers save their points.
+
+    A point that runs in this process sets handlers of its own. joblib would kill its workers.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        print(f"{name}: the points stop; the same command goes on", flush=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
 
 
 def listed(words: Sequence[str], files: ConfigLoader) -> list[str]:

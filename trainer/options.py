@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -156,13 +157,24 @@ def groups() -> Mapping[str, Sequence[str]]:
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return " (did you mean X?)" for the most similar of the names; empty if none is similar.
 
-    A part of two or more characters is similar, too, and case does not matter.
+    A name that one slip of the fingers explains comes first. A part of two or more characters is
+    similar, too, and case does not matter.
     """
     cases = {one.lower(): one for one in names}
     part = name.lower()
-    near = difflib.get_close_matches(part, cases, n=1, cutoff=0.6)
+    slips = [one for one in cases if _one_slip(part, one)]
+    near = difflib.get_close_matches(part, slips or cases, n=1, cutoff=0.0 if slips else 0.6)
     near = near or [one for one in cases if len(part) > 1 and part in one][:1]
     return "".join(f" (did you mean {cases[one]}?)" for one in near)
+
+
+def _one_slip(typed: str, name: str) -> bool:
+    """Return whether one character was left out, added or replaced, or two were swapped."""
+    pairs = zip(typed, name, strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    typed, name = typed[same:], name[same:]
+    swapped = typed[:2] == name[:2][::-1] and typed[2:] == name[2:]
+    return swapped or name[1:] in (typed, typed[1:]) or name == typed[1:]
 
 
 def help_text(about: str, names: Sequence[str], width: int) -> str:

@@ -133,7 +133,10 @@ def required_members(
     captions: CaptionRule = PLAIN_CAPTIONS,
     annotations: AnnotationRule = NO_ANNOTATIONS,
 ) -> list[Sequence[str]]:
-    """Return groups of members; a complete sample has at least one member of each group."""
+    """Return groups of members; a complete sample has at least one member of each group.
+
+    Readers refuse a sample without its annotations, too. `verify` decodes none: it needs them here.
+    """
     if kind is Kind.latents:
         return [("moments.npy",)]
     texts = [captions.members] if captions.required else []

@@ -120,6 +120,11 @@ CONDITIONERS = {
         stores_text=True,
         problems=_transformers_problems,
     ),
+    ConditionerKind.class_label: ConditionerEntry(
+        conditioner="models.conditioning.class_label:ClassLabel",
+        caption_problem=_class_number_problem,
+        problems=_class_label_problems,
+    ),
     ConditionerKind.super_resolution: ConditionerEntry(
         conditioner="models.conditioning.super_resolution:SuperResolution",
         has_tokens=False,
@@ -140,10 +145,5 @@ CONDITIONERS = {
         planes=lambda config: config.planes,
         reads=("maps",),
         problems=_semantic_map_problems,
-    ),
-    ConditionerKind.class_label: ConditionerEntry(
-        conditioner="models.conditioning.class_label:ClassLabel",
-        caption_problem=_class_number_problem,
-        problems=_class_label_problems,
     ),
 }

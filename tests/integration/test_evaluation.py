@@ -1,20 +1,24 @@
 """Evaluations beside a training, within it, after it, and on any number of ranks."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from tests.support.processes import run_command
+from tests.support.processes import Command, run_command
 from tests.support.workshop import Workshop, losses
 from trainer.callbacks.jsonl import JsonLines
 from trainer.checkpoints.reader import latest_checkpoint
 from trainer.evaluate.job import evaluate
+from trainer.pictures.grids import GAP
 from trainer.reference.job import make_references
 from trainer.runs.paths import SAMPLES
 from trainer.runtime import slices
@@ -254,3 +258,32 @@ def test_slices_of_reconstructions_change_no_number(
     assert sliced == pytest.approx(whole, rel=1e-5)
     assert pictures[0] == pictures[1]
     assert len(whole) > 2
+
+
+def test_a_second_evaluation_at_the_same_moment_ends_at_once_and_names_the_owner(
+    workshop: Workshop, quiet: Path, tmp_path: Path
+) -> None:
+    load = f"checkpoint.load={quiet / 'checkpoints' / 'step_00000004'}"
+    options = ["eval.features=[efficientnet_lite0]", load, f"eval.references={tmp_path}"]
+    words = workshop.overrides("emoji", *options, "eval.keep_samples=true", run=tmp_path / "run")
+    words += ["eval.prompts=[a red circle,a blue square]"]
+    folder = tmp_path / "run" / "evaluations"
+    first = Command("trainer.evaluate", words)
+    while not list(folder.glob(".*.lease")):
+        assert first.poll() is None, first.printed()
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    second = run_command("trainer.evaluate", *words)
+    first.send_signal(signal.SIGCONT)
+    assert second.code == 1
+    (line,) = (line for line in second.said.splitlines() if "is in use by" in line)
+    assert f"(process {first.pid}" in line
+    assert "or evaluate another checkpoint, or with other options" in line
+    ended = first.finish()
+    assert ended.code == 0, ended.said
+    (file,) = folder.glob("*.json")
+    assert "fd_efficientnet_lite0" in read(file)
+    assert len([*file.with_suffix("").glob("*.png")]) == 4
+    with Image.open(file.with_suffix(".png")) as sheet:
+        assert sheet.size == (2 * (32 + GAP) + GAP, 32 + 2 * GAP), "no room is left blank"
+    assert not [*folder.glob(".*")]

@@ -13,6 +13,8 @@ from tests.support.groups import decode_for_ever, members, wait_for_members
 from tests.support.latent_jobs import job_config, make_job
 from tests.support.paths import ROOT
 from tests.support.processes import forks
+from tests.support.workshop import Workshop
+from trainer.runs.paths import checkpoints_in
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).parts[:-1]) for path in (ROOT / "trainer").rglob("__main__.py")
@@ -72,3 +74,37 @@ def test_no_worker_outlives_precompute(kills: int, tmp_path: Path) -> None:
         process.join(TIMEOUT_S)
         assert process.exitcode == -ways[number % 3]
         wait_for_members(process.pid, 0, timeout_s=TIMEOUT_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_points_of_a_parallel_sweep_are_saved_and_end_with_it(
+    number: signal.Signals, workshop: Workshop, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = workshop.overrides("emoji", "train.max_steps=100000", run=tmp_path)
+    parallel = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optim.lr=1e-3,1e-4,1e-5"]
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        sweep = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *parallel, *words],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    deadline_s = time.monotonic() + 3 * TIMEOUT_S
+    while len(list(tmp_path.glob("sweeps/*/metrics.jsonl"))) < 2:
+        assert sweep.poll() is None, said.read_text()
+        assert time.monotonic() < deadline_s, said.read_text()
+        time.sleep(0.05)
+    # a terminal sends Ctrl-C to all processes
+    (os.killpg if number == signal.SIGINT else os.kill)(sweep.pid, number)
+    assert sweep.wait(TIMEOUT_S) == -number
+    wait_for_members(sweep.pid, 0)
+    lines = said.read_text().splitlines()
+    told = lines.index(f"{number.name}: the points stop; the same command goes on")
+    assert [line for line in lines[told + 1 :] if not line.startswith("step ")] == []
+    folders = [path.parent for path in tmp_path.glob("sweeps/*/metrics.jsonl")]
+    assert len(folders) == 2
+    assert all(checkpoints_in(folder / "checkpoints") for folder in folders)

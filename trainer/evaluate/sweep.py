@@ -27,9 +27,9 @@ from data.storage.untrusted import read_file
 from trainer.checkpoints.reader import MAX_MANIFEST_BYTES, chosen_checkpoint
 from trainer.config import Config
 from trainer.config.metrics import axis_label
-from trainer.metrics.evaluator import GRID_COLUMNS, build_evaluator
+from trainer.metrics.evaluator import build_evaluator
 from trainer.pictures.charts import save_pareto_chart
-from trainer.pictures.grids import tiles
+from trainer.pictures.grids import GAP, tiles
 from trainer.pictures.png import save_picture, save_png
 from trainer.pictures.sheets import named_rows
 from trainer.pipeline import Pipeline
@@ -146,7 +146,7 @@ def _save_strip(path: Path, points: Sequence[Point]) -> None:
         side = point.config.data.image_size
         run = Path(point.config.run.dir)
         grid = decode_image(read_file(point.picture, limit=MAX_IMAGE_BYTES, below=run))
-        found = list(tiles(grid, side, side, GRID_COLUMNS))
+        found = list(tiles(grid, side, side, grid.width // (side + GAP)))
         rows.append((point.name, found[:STRIP_SAMPLES]))
     if rows:
         save_picture(path, named_rows(rows))

@@ -52,6 +52,7 @@ from trainer.runtime.rng import Purpose
 from trainer.streams import open_images
 
 GRID_COLUMNS, PAIRED_COLUMNS = 4, 8
+"""Most images side by side: in a grid of prompts, and of conditions beside their samples."""
 
 Values = dict[str, float | str]
 
@@ -267,7 +268,8 @@ class Evaluator:
         if not self._prompts.are_paired:
             prompts = self._config.eval.prompts or self._prompts.texts[: GRID_COLUMNS**2]
             images = self._drawn(pipeline, Given(prompts))
-            return grid(images, GRID_COLUMNS), about_grid(prompts, GRID_COLUMNS)
+            columns = min(len(prompts), GRID_COLUMNS)
+            return grid(images, columns), about_grid(prompts, columns)
         count = min(PAIRED_COLUMNS, self._config.eval.num_samples)
         given = self._prompts.given(range(count))
         assert given.images is not None

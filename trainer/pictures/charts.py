@@ -164,7 +164,7 @@ def _pareto(
             markersize=6,
             elinewidth=1.2,
             capsize=3,
-            zorder=3,
+            zorder=4 if best else 3,  # a point of the front may have an equal
         )
         if not best:
             continue
@@ -179,7 +179,7 @@ def _pareto(
             parse_math=False,
         )
     for axis, label in ((axes.xaxis, distance), (axes.yaxis, score)):
-        axis.set_label_text(label, color=colours["muted"], parse_math=False)
+        axis.set_label_text(label, color=colours["muted"], fontsize=12, parse_math=False)
         axis.set_major_locator(MaxNLocator(6))
     _style(axes, colours)
     return figure

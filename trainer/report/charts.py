@@ -142,15 +142,14 @@ def training_charts(runs: Sequence[RunFolder]) -> Iterator[Chart]:
             for key, colour in zip(by_timestep, colours, strict=True)
         ]
         legend = [Key(label=text, colour=c) for text, c in zip(labels, colours, strict=True)]
-        svg = line_chart("timesteps", lines)
-        yield Chart(title="Loss by timestep", svg=Markup(svg), legend=legend)
+        svg = line_chart("timesteps", lines, moments=moments)
+        yield Chart(title="Loss by timestep", svg=Markup(svg), legend=legend + keys)
     parts = [key for key in run.series if key.startswith("train/") and key.count("/") == 1]
     titles = {key: (key.removeprefix("train/"), "") for key in parts if key != "train/loss"}
     for number, (key, (title, unit)) in enumerate((titles | TRAINING_CHARTS).items()):
         curves = [other.points(key) for other in runs]
         if any(curves):
             lines = [Line(points=points, colour=colour_name(i)) for i, points in enumerate(curves)]
-            svg = line_chart(
-                f"train{number}", lines, axis="from_zero" if key in FROM_ZERO else "any"
-            )
-            yield Chart(title=title, unit=unit, svg=Markup(svg), legend=_names(runs))
+            axis = "from_zero" if key in FROM_ZERO else "any"
+            svg = line_chart(f"train{number}", lines, moments=moments, axis=axis)
+            yield Chart(title=title, unit=unit, svg=Markup(svg), legend=_names(runs) + keys)

@@ -10,12 +10,12 @@ from trainer.runtime.ranks import ALONE, Ranks, end_together
 
 @contextmanager
 def owned(folder: Path, remedy: str, ranks: Ranks = ALONE, name: str = NAME) -> Generator[None]:
-    """Own a folder, or one name in it, while the block runs; collective.
+    """Own a folder of a run, or one name in it, while the block runs; collective.
 
     Rank 0 holds the lease. remedy: what a user does about a refusal, in words. name: name of the
     lease; two leases of other names do not exclude each other.
     Raises: SystemExit on every rank after a line that names the owner, if another process owns it;
-    OSError if rank 0 cannot write to the folder.
+    OSError that names run.dir if rank 0 cannot write to the folder.
     """
     lease: Lease | None = None
     own_refusal = ""
@@ -24,6 +24,9 @@ def owned(folder: Path, remedy: str, ranks: Ranks = ALONE, name: str = NAME) -> 
             lease = take(folder / name, remedy)
         except InUseError as error:
             own_refusal = str(error)
+        except OSError as error:
+            reason = f"cannot write to {folder}: {error.strerror}"
+            raise OSError(f"run.dir: {reason}; choose another folder") from error
     refusal = ranks.from_main(lambda: own_refusal)
     if refusal:
         end_together(ranks, refusal)

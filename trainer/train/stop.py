@@ -3,10 +3,15 @@
 import signal
 from types import FrameType
 
+from data.child_process import stops_with_parent
 from trainer.runtime.launcher import REQUEUE_EXIT_CODE
 from trainer.runtime.ranks import PendingMaximum, Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """Handle a signal. Python prints a stack trace where a handler is removed before its turn."""
 
 
 class StopRequest:
@@ -15,6 +20,7 @@ class StopRequest:
     def __init__(self, ranks: Ranks, at: str = "step") -> None:
         """at: name of the unit of work after which the job stops, for the printed line."""
         self._ranks, self._at = ranks, at
+        self._speaks = ranks.is_main and not stops_with_parent()
         self._heard = False
         self._asked: PendingMaximum | None = None
         """The answer to the last call with late=True, not read yet."""
@@ -23,11 +29,9 @@ class StopRequest:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        # ignore later signals: Python removes its handlers before a process ends, and a signal
-        # would then kill it
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
-        if self._ranks.is_main:
+        for other in SIGNALS:  # another signal may have come together with this one
+            signal.signal(other, _do_nothing)
+        if self._speaks:
             print(f"{signal.Signals(number).name}: stopping after this {self._at}", flush=True)
         self._heard = True
 
@@ -40,6 +44,10 @@ class StopRequest:
         # Slurm signals every process of a job. Processes that were started before the first call,
         # such as W&B's service, inherited a blocked SIGUSR1: the signal does not end them
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        if self._heard:
+            # Python removes its handlers before a process ends, and a signal would then kill it
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
         before, self._asked = self._asked, None
         stopping = before is not None and before.value() > 0
         if self._ranks.world_size == 1:
@@ -60,5 +68,6 @@ class StopRequest:
         if not self._ranks.is_main:
             # srun kills the other ranks as soon as one ends with an error code
             return 0
-        print(f"asked to stop: {left}; the same command goes on", flush=True)
+        if self._speaks:
+            print(f"asked to stop: {left}; the same command goes on", flush=True)
         return REQUEUE_EXIT_CODE

@@ -42,6 +42,28 @@ def test_children_end_with_their_parent(number: signal.Signals) -> None:
         wait_for_members(parent.pid, 0)
 
 
+def test_a_child_with_work_to_save_is_asked_to_stop() -> None:
+    script = """
+import os, signal, sys
+from data.child_process import stop_with_parent, stops_with_parent
+parent = os.getpid()
+assert not stops_with_parent()
+if os.fork():
+    signal.pause()
+signal.signal(signal.SIGTERM, lambda *_: print("saved", stops_with_parent(), flush=True))
+stop_with_parent(parent)
+print("ready", flush=True)
+signal.pause()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        assert parent.stdout.readline() == "saved True\n"
+
+
 def test_a_child_leaves_ctrl_c_to_its_parent() -> None:
     script = """
 import os, signal, sys

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from data.config import DataConfig, FilterConfig, SourceConfig
-from data.shards.codecs import IMAGE_EXTENSIONS, BadSampleError, decode_npy, encode_npy
+from data.shards.codecs import BOXES, IMAGE_EXTENSIONS, MAP, BadSampleError, decode_npy, encode_npy
 from data.shards.manifest import Kind, Manifest, Shard
 from data.shards.reader import ShardReader
 from data.shards.writer import ShardSetWriter
+from tests.support.annotated import annotations
 from tests.support.data_sets import SIZE, data_config, png
 from trainer.cli import load_config
 from trainer.pack.job import pack
@@ -123,6 +124,21 @@ def test_a_forged_index_is_a_difference_though_all_hashes_agree(image_set: DataS
     forged = replace_index(data, manifest, index)
     (found,) = differences_of(data.train, forged, forged.shards[0])
     assert found == "its index cannot be read"
+
+
+@pytest.mark.parametrize(("option", "member"), [("maps", MAP), ("boxes", BOXES)])
+def test_a_sample_without_its_annotation_is_a_difference_though_all_hashes_agree(
+    image_set: DataSet, option: str, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def more(number: int) -> dict[str, bytes]:
+        return {name: value for name, value in annotations(number).items() if number != 3}
+
+    data = image_set(samples=5, more=more)
+    run(data, verify=True)
+    with pytest.raises(ValueError, match=r"verify: 1 differences in data\.train"):
+        run(dataclasses.replace(data, **{option: True}), verify=True)
+    line = f"data.train: 000000.tar: sample 000000003: no {member}"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def replace_index(data: DataConfig, manifest: Manifest, index: np.ndarray) -> Manifest:

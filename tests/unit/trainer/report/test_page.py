@@ -80,6 +80,9 @@ def test_what_became_of_the_samples_is_told(tmp_path: Path) -> None:
     text = page_of(folder).text
     assert "Of 5,000 samples found, 3,766 are used." in text
     assert "rejected 1,234 <b>no caption a, b noted 2 grey" in text
+    (folder / DATA).write_text('{"found": 5, "samples": 5}')
+    assert "Of 5 samples found, 5 are used." in page_of(folder).text
+    assert "Examples" not in page_of(folder).text, "a head without rows"
     for damaged in ('{"left_out": 3}', "[]", "{", '{"left_out": [3, {}], "noted": []}'):
         (folder / DATA).write_text(damaged)
         page_of(folder)
@@ -328,7 +331,8 @@ def test_starts_and_rewinds_are_listed_and_marked(tmp_path: Path) -> None:
     assert "100 resume optim.lr: 1.0 → 0.5" in page.text
     assert "resumed went back" in page.text
     strokes = [values.get("style", "") for tag, values in page.tags if tag == "path"]
-    assert any("stroke: var(--bad)" in style for style in strokes)
+    charts = sum(tag == "svg" for tag, _ in page.tags)
+    assert sum("stroke: var(--bad)" in style for style in strokes) == charts == 8
     (folder / "history.jsonl").write_text('{"time": 1e400, "step": -3, "what": ["x"]}\n{"time": 5}')
     assert "History" in page_of(folder).text
 

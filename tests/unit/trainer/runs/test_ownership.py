@@ -25,3 +25,11 @@ def test_an_error_inside_frees_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="inside"), owned(tmp_path, "choose another"):
         raise ValueError("inside")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "n" * 300, "file/below"])
+def test_a_folder_that_cannot_be_is_refused_by_its_option(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    wrong = rf"^run\.dir: cannot write to {tmp_path / name}: .*; choose another folder$"
+    with pytest.raises(OSError, match=wrong), owned(tmp_path / name, "choose another"):
+        pass

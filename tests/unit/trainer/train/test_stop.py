@@ -93,3 +93,16 @@ def test_a_rank_alone_stops_at_once() -> None:
     signal.raise_signal(signal.SIGTERM)
     assert stop.agreed(late=True)
     assert stop.agreed()
+
+
+def test_signals_that_come_together_print_no_stack_trace(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop = StopRequest(ALONE)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        signal.raise_signal(number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    assert stop.agreed()
+    assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
+    assert capsys.readouterr().out.count("stopping after this step") == 1
