@@ -29,7 +29,9 @@ from data.storage.documents import (
 from data.storage.parquet import ColumnKind, Columns, read_parquet
 
 TABLES = tuple(
-    f"{stem}.{kind}" for stem in ("captions", "metadata") for kind in ("csv", "parquet", "jsonl")
+    f"{stem}.{kind}"
+    for stem in ("captions", "metadata")
+    for kind in ("csv", "tsv", "parquet", "jsonl")
 )
 """Names of tables, directly in the folder of the images. Rows of a later one replace those of an
 earlier one."""
@@ -86,7 +88,7 @@ def read_tables(
 
 
 def _read_table(table: Path, file: BinaryIO, config: DataConfig) -> dict[str, Row]:
-    reader = {".csv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}[table.suffix]
+    reader = READERS[table.suffix]
     names = config.source.file_field, config.source.caption_field
     rows: dict[str, Row] = {}
     for columns in reader(table, file, config):
@@ -161,7 +163,8 @@ def _read_csv(table: Path, file: BinaryIO, config: DataConfig) -> Iterator[Mappi
         try:
             first = lines.readline(MAX_CELL_CHARACTERS)
             lines.seek(0)
-            rows = csv.DictReader(lines, delimiter=max(DELIMITERS, key=first.count))
+            delimiters = "\t" if table.suffix == ".tsv" else DELIMITERS
+            rows = csv.DictReader(lines, delimiter=max(delimiters, key=first.count))
             _check_columns(list(rows.fieldnames or ()), config)
             for row in rows:
                 yield {name: value for name, value in row.items() if isinstance(name, str)}
@@ -195,3 +198,6 @@ def _read_jsonl(table: Path, file: BinaryIO, config: DataConfig) -> Iterator[Map
             yield {config.source.caption_field: None, **row}
         except ValueError as error:
             raise ValueError(f"{table}, line {number}: {error}") from error
+
+
+READERS = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".jsonl": _read_jsonl}

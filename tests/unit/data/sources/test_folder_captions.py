@@ -61,6 +61,15 @@ def test_captions_come_from_parquet_columns_of_any_type(tmp_path: Path, kind: st
     assert [sample.caption for sample in raw_samples(tmp_path)] == ["a cat", "a dog"]
 
 
+def test_a_table_of_tabs_may_have_commas_in_its_names(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "metadata.tsv").write_text(
+        "file_name\ttext\tred, green, blue\na.png\ta, b\t1,2,3\n"
+    )
+    (sample,) = raw_samples(tmp_path)
+    assert (sample.caption, sample.metadata) == ("a, b", {"red, green, blue": "1,2,3"})
+
+
 def test_all_rows_of_an_image_count(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(0))
     text = "image;caption;by\n" + "".join(f"a.png;caption {n};{n}\n" for n in range(5))
