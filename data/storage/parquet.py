@@ -119,6 +119,8 @@ def one_line() -> Generator[None, None, None]:
     """Turn the errors of pyarrow into ValueError with one line."""
     try:
         yield
+    except MemoryError as error:  # a damaged length; it says nothing
+        raise ValueError("a part is larger than the memory") from error
     except (_arrow.ArrowException, OSError, OverflowError) as error:
         raise ValueError(str(error).splitlines()[0]) from error
 

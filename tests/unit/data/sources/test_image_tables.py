@@ -220,6 +220,22 @@ def test_offsets_that_lead_out_of_an_arrow_file_are_refused(tmp_path: Path) -> N
         ArrowTable(file)
 
 
+def test_a_length_beyond_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "0.arrow"
+    table = pa.table({"text": ["abcde" * 100]})
+    with pa.ipc.new_stream(path, table.schema) as stream:
+        stream.write_table(table)
+    content = path.read_bytes()
+    schema, batch = pa.ipc.MessageReader.open_stream(content)
+    assert schema.body.size == 0
+    body: int = batch.body.size
+    length = struct.pack("<q", body)
+    assert content.count(length) == 1
+    path.write_bytes(content.replace(length, struct.pack("<q", 2**60)))
+    with path.open("rb") as file, pytest.raises(ValueError, match="larger than the memory"):
+        ArrowTable(file)
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_arrow_file_is_read_or_refused(
