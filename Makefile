@@ -37,15 +37,15 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 test: lint
-	OMP_NUM_THREADS=1 $(PY) $(TESTS)
+	$(PY) $(TESTS)
 
 coverage: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/coverage run $(TESTS)
+	$(VENV)/bin/coverage run $(TESTS)
 	$(VENV)/bin/coverage combine --quiet
 	$(VENV)/bin/coverage report --skip-covered --sort=cover
 
 campaign: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m campaign
+	$(PY) -m pytest -m campaign
 
 $(BENCH_INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -25,7 +25,8 @@ from data.config import DataConfig
 from data.order.batches import Share
 from data.streams.latents import LatentStream
 from models import config
-from models.conditioning.conditioners import Conditioner, build_conditioner
+from models.condition import Condition
+from models.conditioning.clip_text import ClipText
 from models.diffusion.guidance import guided
 from models.diffusion.process import Diffusion
 from models.diffusion.samplers import sample
@@ -77,11 +78,10 @@ def read(folder: Path) -> tuple[Tensor, list[str], LatentScale]:
 
 
 def train(
-    moments: Tensor, captions: list[str], text: Conditioner, scale: LatentScale, steps: int
+    moments: Tensor, captions: list[str], text: ClipText, scale: LatentScale, steps: int
 ) -> tuple[UNet2DCondition, list[float]]:
     """Train; return the U-Net with averaged weights, and the loss of every step."""
-    tokens, null = (text(c, (16, 16)).tokens for c in (captions, [None]))  # [N | 1, 24, 128]
-    assert tokens is not None and null is not None
+    tokens, null = text.encode(captions), text.encode([None])  # [N | 1, 24, 128]
     unet = UNet2DCondition(UNET)
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), LEARNING_RATE, fused=True)
@@ -119,9 +119,9 @@ def train(
     return average, losses
 
 
-def draw(unet: UNet2DCondition, text: Conditioner, scale: LatentScale, shape: torch.Size) -> Tensor:
+def draw(unet: UNet2DCondition, text: ClipText, scale: LatentScale, shape: torch.Size) -> Tensor:
     """Draw latents [12, 4, 16, 16] of the prompts, and decode them: [12, 3, 64, 64] in [-1, 1]."""
-    condition, null = (text(p, (16, 16)) for p in (PROMPTS, [None] * len(PROMPTS)))
+    condition, null = (Condition(text.encode(p)) for p in (PROMPTS, [None] * len(PROMPTS)))
     predict = guided(LatentDiffusion(unet, None), condition, null, SAMPLER)
     latents = sample(predict, DIFFUSION, SAMPLER, torch.randn(len(PROMPTS), *shape))
     with torch.no_grad():
@@ -132,7 +132,7 @@ def main(latents: Path, out: Path, steps: int) -> list[float]:
     """Train, draw, and return the loss of every step."""
     torch.manual_seed(0)
     moments, captions, scale = read(latents)
-    text = build_conditioner(TEXT_ENCODER)
+    text = ClipText(TEXT_ENCODER)
     print(f"{len(captions)} emoji, such as {', '.join(captions[:3])}")
     unet, losses = train(moments, captions, text, scale, steps)
     images = draw(unet, text, scale, moments.shape[2:])

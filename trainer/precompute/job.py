@@ -1,7 +1,7 @@
 """Encode image shards into latent shards: several tasks, which may be killed and run again.
 
-One image shard gives one latent shard of the same name, byte-identical on every run. A task skips
-finished shards. The task that finds all shards finished writes the manifest.
+One image shard gives one latent shard of the same name, byte-identical on every run with as many
+threads. A task skips finished shards. The task that finds all shards finished writes the manifest.
 """
 
 import math
