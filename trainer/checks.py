@@ -333,8 +333,9 @@ def denoising_problems(config: Config) -> Iterator[str]:
         yield f"unet.context_dim={unet.context_dim} but the conditioner's tokens are {width} wide"
     yield from conditioner_problems(config.conditioner)
     yield from _spatial_problems(config)
-    if config.eval.clip_score and not entry.is_clip:
-        yield f"eval.clip_score needs conditioner.kind={_kinds(lambda kind: kind.is_clip)}"
+    if config.eval.clip_score and not (entry.is_clip or config.eval.clip_model):
+        kinds = _kinds(lambda kind: kind.is_clip)
+        yield f"eval.clip_score needs conditioner.kind={kinds}, or eval.clip_model"
     if config.data.store_text and not entry.stores_text:
         yield f"data.store_text needs conditioner.kind={_kinds(lambda kind: kind.stores_text)}"
     yield from diffusion_problems(config.diffusion)

@@ -22,6 +22,8 @@ from trainer.runtime.rng import Purpose
 
 CONDITION_ARRAYS = frozenset({IMAGES, MAP_ARRAY})
 """Arrays of a batch of latents that only conditions are made of."""
+SHOWN = 5
+"""Most labels in an error."""
 
 
 def open_images(config: Config, ranks: Ranks, split: Literal["train", "val"]) -> ImageStream:
@@ -78,15 +80,27 @@ def _check_captions(stream: Stream, config: Config) -> None:
 
 
 def _check_classes(stream: Stream, config: Config) -> None:
-    """Check that a conditioner of label maps knows the classes of the data set.
+    """Check that a conditioner of label maps or boxes knows the classes of the data set.
 
-    Raises: ValueError that names conditioner.num_classes.
+    Raises: ValueError that names conditioner.num_classes or conditioner.classes.
     """
+    reads = CONDITIONERS[config.conditioner.kind].reads
     classes, known = len(stream.manifest.map_classes), config.conditioner.num_classes
-    if "maps" in CONDITIONERS[config.conditioner.kind].reads and classes > known:
+    if "maps" in reads and classes > known:
         raise ValueError(
             f"conditioner.num_classes={known}: the label maps of {stream.option} have {classes} "
             f"classes; set it to {classes}"
+        )
+    unknown = [
+        repr(label)
+        for label in stream.manifest.box_classes
+        if label not in config.conditioner.classes
+    ]
+    if "boxes" in reads and unknown:
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise ValueError(
+            f"conditioner.classes lacks {', '.join(unknown[:SHOWN])}{more}, labels of boxes in "
+            f"{stream.option}: set it to box_classes of the manifest there"
         )
 
 

@@ -13,6 +13,8 @@ class ConditionerKind(StrEnum):
     super_resolution: A small picture, beside the latents.
     inpainting: The latents of an image with a hole, and the hole, beside the latents.
     semantic_map: A label map, shrunk by learned planes, beside the latents.
+    layout: Labelled boxes, as tokens of a transformer that is trained with the U-Net.
+    text_transformer: Captions, as tokens of a transformer that is trained with the U-Net.
     """
 
     none = auto()
@@ -22,6 +24,8 @@ class ConditionerKind(StrEnum):
     super_resolution = auto()
     inpainting = auto()
     semantic_map = auto()
+    layout = auto()
+    text_transformer = auto()
 
 
 class Degradation(StrEnum):

@@ -4,8 +4,9 @@ Checks, training, plans and exports read the table. Pages of options import no t
 names its class as `module:name`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.config.choices import ConditionerKind, Degradation, TextFeatures
 
@@ -24,13 +25,18 @@ class ConditionerConfig:
     features: TextFeatures = TextFeatures.last
     """Output of the text encoder that goes to the U-Net."""
     context_length: int = 77
-    """[tokens, ≥ 1, ≤ 10^5] transformers: length of a caption; longer captions are cut, shorter
-    ones padded and masked."""
+    """[tokens, ≥ 1, ≤ 10^5] transformers, text_transformer: length of a caption; longer captions
+    are cut, shorter ones padded. transformers: the padding is masked."""
     num_classes: int = 0
     """[classes, ≥ 0, ≤ 10^7] class_label: number of classes, without the null class. semantic_map:
     number of classes."""
     width: int = 1024
     """[channels, ≥ 0, ≤ 65536] Width of a token; equals unet.context_dim."""
+    layers: int = 16
+    """[layers, ≥ 1, ≤ 1000] layout, text_transformer: layers of the transformer."""
+    classes: list[str] = field(default_factory=list[str])
+    """layout: labels that boxes may have; the place of a label is the number of its class. A run
+    keeps them: append new ones only in a new run."""
     planes: int = 3
     """[channels, ≥ 1, ≤ 65536] semantic_map: planes that it adds to the latents. inpainting: one
     more than autoencoder.latent_channels."""
@@ -46,6 +52,8 @@ class ConditionerConfig:
 
 MAP_CLASSES = 256
 """Most classes of a label map, which has 8 bits."""
+LAYOUT_VOCABULARY = 8192
+"""Tokens of layouts: classes, corners, and the last for padding."""
 
 
 def any_caption(config: ConditionerConfig, caption: str) -> str:
@@ -75,6 +83,17 @@ def _semantic_map_problems(config: ConditionerConfig) -> Iterator[str]:
             f"conditioner.num_classes={config.num_classes}: set it to the classes of the label "
             f"maps, 1 to {MAP_CLASSES}"
         )
+
+
+def _layout_problems(config: ConditionerConfig) -> Iterator[str]:
+    if len(config.classes) >= LAYOUT_VOCABULARY:
+        yield (
+            f"conditioner.classes has {len(config.classes)} labels, and layouts have tokens for "
+            f"{LAYOUT_VOCABULARY - 1}"
+        )
+    for label, count in Counter(config.classes).items():
+        if count > 1:
+            yield f"conditioner.classes has {label!r} {count} times: each label has one number"
 
 
 def _transformers_problems(config: ConditionerConfig) -> Iterator[str]:
@@ -145,5 +164,13 @@ CONDITIONERS = {
         planes=lambda config: config.planes,
         reads=("maps",),
         problems=_semantic_map_problems,
+    ),
+    ConditionerKind.layout: ConditionerEntry(
+        conditioner="models.conditioning.layout:Layout",
+        reads=("boxes",),
+        problems=_layout_problems,
+    ),
+    ConditionerKind.text_transformer: ConditionerEntry(
+        conditioner="models.conditioning.text_transformer:TextTransformer"
     ),
 }

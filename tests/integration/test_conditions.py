@@ -1,12 +1,14 @@
-"""Conditions made of images and label maps, from data to numbers: each as exact as captions are."""
+"""Conditions with networks of their own, from data to numbers: each as exact as captions are."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from data.order.batches import Share
@@ -29,6 +31,8 @@ TRAIN = ["checkpoint.every=3", "data.flip=true", "optim.schedule=constant", "opt
 MEASURE = ["eval.features=[efficientnet_lite0]", "eval.num_samples=8", "eval.batch_size=3"]
 SAME = 2e-5
 EXPERIMENTS = sorted(KINDS)
+PAIRED = [experiment for experiment in EXPERIMENTS if experiment != "scenes_text"]
+"""Those whose samples have an image that they should be like."""
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,11 @@ def config_of(shop: Workshop, experiment: str, *options: str, run: Path) -> Conf
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
+
+
+def pixels_of(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def averaged(config: Config) -> dict[str, torch.Tensor]:
@@ -87,7 +96,7 @@ def test_the_loss_curve_knows_nothing_of_ranks_workers_and_micro_batches(
         assert losses(run) == pytest.approx(losses(runs[experiment]), abs=SAME), experiment
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", PAIRED)
 def test_samples_follow_their_condition_and_are_measured(
     experiment: str, shop: Workshop, runs: dict[str, Path]
 ) -> None:
@@ -101,7 +110,7 @@ def test_samples_follow_their_condition_and_are_measured(
     if experiment == "scenes_semantic_map":
         assert 0 <= found["colour_agreement"] <= 1
         assert 0 <= found["shuffled/colour_agreement"] <= 1
-    else:
+    elif experiment != "scenes_layout":  # which has no such numbers yet
         method = "bicubic" if "super" in experiment else "mean_colour"
         for name in ("psnr_db", "ssim", "perceptual_efficientnet_lite0"):
             values = [found[prefix + name] for prefix in ("", "shuffled/", f"{method}/")]
@@ -205,9 +214,62 @@ def test_a_map_is_drawn_larger_than_trained_and_not_square(
     assert size_of(tmp_path / "drawn" / "00000.png") == (71, 48)
 
 
+def test_a_layout_is_drawn_beside_its_boxes_and_decides_the_image(
+    shop: Workshop, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    layouts = {
+        "circle": [{"label": "circle", "box": [0.1, 0.1, 0.6, 0.6]}],
+        "square": [{"label": "square", "box": [0.5, 0.4, 1.0, 0.9]}] * 40,
+        "nothing": [],
+    }
+    for name, boxes in layouts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(boxes))
+
+    def drawn(out: str, *options: str, names: Sequence[str]) -> Path:
+        files = ",".join(str(tmp_path / f"{name}.json") for name in names)
+        draw(
+            config_of(
+                shop, "scenes_layout", f"sample.boxes=[{files}]", f"sample.out={tmp_path / out}",
+                *options, run=runs["scenes_layout"],
+            )
+        )  # fmt: skip
+        return tmp_path / out
+
+    many = ["sample.images_per_prompt=2", "sample.height=32", "sample.width=48"]
+    wide = drawn("wide", *many, names=list(layouts))
+    assert [size_of(wide / f"{number:05d}.png") for number in range(6)] == [(48, 32)] * 6
+    shown = [pixels_of(wide / f"condition_{number:05d}.png") for number in range(3)]
+    assert [(one.shape, bool((one < 255).any())) for one in shown] == [
+        ((256, 256, 3), True), ((256, 256, 3), True), ((256, 256, 3), False),
+    ]  # fmt: skip
+    assert (wide / "sheet.png").exists()
+    circle, square = (
+        pixels_of(drawn(name, names=[name]) / "00000.png") for name in ("circle", "square")
+    )
+    assert circle.shape == (32, 32, 3)
+    assert not np.array_equal(circle, square)  # of the same noise
+
+
+def test_labels_that_the_model_does_not_know_are_refused_before_training(
+    shop: Workshop, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    config = config_of(shop, "scenes_layout", "conditioner.classes=[circle]", run=tmp_path)
+    with pytest.raises(ValueError, match=r"conditioner\.classes lacks 'square', .* data\.latents"):
+        fit(config)
+    swapped = ["conditioner.classes=[square,circle]", f"train.max_steps={STEPS + 1}"]
+    with pytest.raises(ValueError, match=r"conditioner\.classes"):  # not the run's numbers
+        fit(config_of(shop, "scenes_layout", *swapped, run=runs["scenes_layout"]))
+
+
 @pytest.mark.parametrize(
     ("experiment", "options", "message"),
     [
+        ("scenes_layout", [], r"^no conditions: .* sample\.boxes"),
+        ("scenes_layout", ["sqare"], r"sample\.boxes: .*'sqare'.* did you mean 'square'\?"),
+        ("scenes_layout", ["outside"], r"sample\.boxes: .* 'square' is outside of \[0, 1\]"),
+        ("scenes_layout", ["flat"], r"sample\.boxes: .* 'square' has no area"),
+        ("scenes_layout", ["image"], r"sample\.boxes: .*image\.png"),
+        ("scenes_text", ["sqare"], r"sample\.boxes is not read"),
         ("emoji_super_resolution", [], r"^no conditions: .* sample\.images"),
         ("emoji_inpainting", ["images"], r"sample\.images names 1 files but sample\.masks names 0"),
         ("emoji_inpainting", ["images", "other"], r"sample\.masks: .* has 9x9 pixels"),
@@ -230,7 +292,16 @@ def test_wrong_files_are_named(
     Image.new("L", (9, 9), 255).save(tmp_path / "other.png")
     Image.new("L", (16, 16), 0).save(tmp_path / "black.png")
     Image.new("L", (16, 16), 7).save(tmp_path / "seven.png")
+    wrong = {
+        "sqare": ("sqare", [0, 0, 1, 1]),
+        "outside": ("square", [0, 0, 1.1, 1]),
+        "flat": ("square", [0.5, 0, 0.5, 1]),
+    }
+    for name, (label, box) in wrong.items():
+        (tmp_path / name).write_text(json.dumps([{"label": label, "box": box}]))
     files = {
+        **{name: ("boxes", name) for name in wrong},
+        "image": ("boxes", "image.png"),
         "images": ("images", "image.png"),
         "other": ("masks", "other.png"),
         "black": ("masks", "black.png"),
@@ -250,4 +321,5 @@ def test_each_kind_says_what_it_reads() -> None:
         "super_resolution": ("store_images",),
         "inpainting": ("store_images",),
         "semantic_map": ("maps",),
+        "layout": ("boxes",),
     }

@@ -62,6 +62,8 @@ class SampleConfig:
     """inpainting: paths of the holes of sample.images, white in the hole and black elsewhere."""
     maps: list[str] = field(default_factory=list[str])
     """semantic_map: paths of label maps, PNG of mode L or P, of any size."""
+    boxes: list[str] = field(default_factory=list[str])
+    """layout: paths of layouts, JSON lists of {"label", "box"}, as the boxes.json of samples."""
     images_per_prompt: int = 1
     """[images, ≥ 1, ≤ 10^6] Images of each prompt, or of each condition from a file."""
     batch_size: int = 16

@@ -1,29 +1,34 @@
-"""Conditions from files: pictures, holes and label maps, of any size."""
+"""Conditions from files: pictures, holes and label maps of any size, and layouts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.shards.annotations import Box, decode_boxes
 from data.shards.codecs import MAX_IMAGE_BYTES, BadSampleError, decode_image, decode_plain
 from data.storage.untrusted import read_file
+from data.text import printable
 from models.conditioning.conditioner import Size
 from models.conditioning.given import Given
 from models.config import ConditionerKind
 from trainer.config import Config, SampleConfig
 
+Content = TypeVar("Content")
 FILES = {
     ConditionerKind.super_resolution: ("images",),
     ConditionerKind.inpainting: ("images", "masks"),
     ConditionerKind.semantic_map: ("maps",),
+    ConditionerKind.layout: ("boxes",),
 }
 """Options of `sample` with the files of a kind of condition."""
 
@@ -42,7 +47,9 @@ class FileCondition:
     """Name of the file, for titles."""
 
     def cut(self, image: Tensor) -> Tensor:
-        """Cut the padding from an image [3, H, W]."""
+        """Cut the padding from an image [3, H, W] of the padded size; others have none."""
+        if image.shape[1:] != self.padded:
+            return image
         return image[:, : self.size[0], : self.size[1]]
 
 
@@ -67,7 +74,7 @@ def check_files(config: Config) -> None:
 
 
 def read_conditions(config: Config) -> list[FileCondition]:
-    """Read the conditions that sample.images, sample.masks or sample.maps name.
+    """Read the conditions that sample.images, sample.masks, sample.maps or sample.boxes name.
 
     Raises: ValueError that names the option and a file that cannot be read.
     """
@@ -101,6 +108,11 @@ def read_conditions(config: Config) -> list[FileCondition]:
             padded = _padded(image, factor * halvings)
             given = Given([""], images=padded, masks=_padded(hole, factor * halvings))
             found.append(_condition(path, given, padded, size))
+    elif kind is ConditionerKind.layout:
+        size = own.height or config.data.image_size, own.width or config.data.image_size
+        for path in own.boxes:
+            given = Given([""], boxes=[_boxes(path, config.conditioner.classes)])
+            found.append(FileCondition(given, size, size, Path(path).name))
     return found
 
 
@@ -116,6 +128,7 @@ def joined(conditions: Sequence[FileCondition]) -> Given:
         [caption for part in parts for caption in part.captions],
         images=stacked("images"),
         maps=stacked("maps"),
+        boxes=[boxes for part in parts for boxes in part.boxes],
         small=stacked("small"),
         masks=stacked("masks"),
     )
@@ -176,7 +189,21 @@ def _labels(path: str, classes: int) -> NDArray[np.uint8]:
     return labels
 
 
-def _read(path: str, option: str, decode: Callable[[bytes], Image.Image]) -> Image.Image:
+def _boxes(path: str, classes: Sequence[str]) -> list[Box]:
+    """Read a layout, whose labels are all in `classes`."""
+    boxes = _read(path, "boxes", decode_boxes)
+    for box in boxes:
+        if box.label not in classes:
+            near = get_close_matches(box.label, classes, n=1, cutoff=0)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"sample.boxes: {path} has the label {printable(box.label)!r}, which is not in "
+                f"conditioner.classes{hint}"
+            )
+    return boxes
+
+
+def _read(path: str, option: str, decode: Callable[[bytes], Content]) -> Content:
     try:
         return decode(read_file(Path(path), limit=MAX_IMAGE_BYTES))
     except OSError as error:

@@ -28,14 +28,16 @@ FITTING = {
     "conditioner/emoji_clip": EMOJI,
     "conditioner/imagenet_class": CLASSES,
     "conditioner/inpainting": ["+experiment=inpainting_256"],
+    "conditioner/layout": ["+experiment=layout_256"],
     "conditioner/none": ["+experiment=ffhq_256"],
     "conditioner/openclip_vit_h14": TEXT,
     "conditioner/semantic_map": ["+experiment=semantic_map_256"],
     "conditioner/super_resolution": ["+experiment=super_resolution_256"],
+    "conditioner/text_transformer": [*TEXT, "unet=text_1b", "eval.clip_score=false"],
     "diffusion/edm": [*EMOJI, *NO_TERMINAL_SNR, "diffusion.prediction_type=v_prediction"],
     "diffusion/flow": [*EMOJI, *NO_TERMINAL_SNR, "diffusion.prediction_type=flow"],
     "diffusion/ldm": CLASSES,
-    "unet/layout": CLASSES,
+    "unet/layout": ["+experiment=layout_256"],
     "unet/ldm4_class": CLASSES,
     "unet/ldm4_inpainting": ["+experiment=inpainting_256"],
     "unet/ldm4_semantic_map": ["+experiment=semantic_map_256"],
@@ -52,13 +54,7 @@ FITTING = {
         "conditioner.width=768",
     ],
     "unet/sd2": TEXT,
-    # OpenCLIP's ViT-bigG-14 has text tokens of the paper's width
-    "unet/text_1b": [
-        *TEXT,
-        "conditioner.model=ViT-bigG-14",
-        "conditioner.pretrained=laion2b_s39b_b160k",
-        "conditioner.width=1280",
-    ],
+    "unet/text_1b": [*TEXT, "conditioner=text_transformer", "eval.clip_score=false"],
 }
 """The experiment that takes a file, and what else it needs; the others fit the emoji experiment."""
 
