@@ -113,7 +113,7 @@ class Layout(Conditioner):
             scaled = zip(corners, (width - 1, height - 1) * 2, strict=True)
             left, top, right, bottom = (round(part * side) for part, side in scaled)
             number = torch.tensor([[[self._class_number(label) % MAP_CLASSES]]])
-            shades = ((label_colours(number).flatten() + 1) * 127.5).int().tolist()
+            shades = ((label_colours(number).flatten() + 1) * 127.5).int()
             colour = f"rgb({shades[0]},{shades[1]},{shades[2]})"
             pencil.rectangle((left, top, right, bottom), outline=colour, width=2)
             text = " ".join(label.split())

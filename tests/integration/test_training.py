@@ -20,7 +20,7 @@ from data.order.batches import Share
 from data.storage.lease import NAME, take
 from data.streams.images import ImageStream
 from models.first_stage.autoencoder import build_autoencoder
-from tests.support.conditions import KINDS, with_conditions
+from tests.support.conditions import FULL_SIZE, KINDS, with_conditions
 from tests.support.paths import ROOT
 from tests.support.processes import Command, run_command, start
 from tests.support.workshop import Workshop, draw_pictures, losses
@@ -175,6 +175,9 @@ def test_a_tiny_version_of_every_experiment_trains_two_steps(
     if experiment in KINDS:
         shop = with_conditions(workshop, tmp_path)
         options += [*KINDS[experiment], "eval.perceptual_features=efficientnet_lite0"]
+    elif experiment in FULL_SIZE:
+        shop = with_conditions(workshop, tmp_path, "ffhq_256")
+        options += [*FULL_SIZE[experiment], "eval.perceptual_features=efficientnet_lite0"]
     elif experiment.startswith("scenes"):  # the pictures have one caption alone
         options += ["data.maps=false", "data.boxes=false", "data.captions=text"]
     if experiment == "imagenet_256":

@@ -31,6 +31,14 @@ KINDS = {
     ],
 }
 """Experiments with conditions of their own networks, and what fits them to the pictures."""
+KL = ["autoencoder=kl_f4"]  # of which the workshop has one with three channels
+FULL_SIZE = {
+    "super_resolution_256": KL,
+    "inpainting_256": KL,
+    "semantic_map_256": [*KL, "conditioner.num_classes=2"],
+    "layout_256": [*KL, *TOKENS, f"conditioner.classes={SHAPES}"],
+}
+"""The paper's experiments of these kinds, and what fits them to the pictures."""
 
 
 def box_of(labels: NDArray[np.uint8], label: str) -> dict[str, object]:
@@ -41,8 +49,11 @@ def box_of(labels: NDArray[np.uint8], label: str) -> dict[str, object]:
     return {"label": label, "box": [int(c) / side for c, side in zip(corners, sides, strict=True)]}
 
 
-def with_conditions(workshop: Workshop, folder: Path) -> Workshop:
-    """Draw pictures with label maps and boxes, pack them, and store images beside latents."""
+def with_conditions(workshop: Workshop, folder: Path, experiment: str = "emoji") -> Workshop:
+    """Draw pictures with label maps and boxes, pack them, and store images beside latents.
+
+    experiment: with the latents' channels, and no condition made of images.
+    """
     shop = Workshop(folder)
     draw_pictures(folder / "pictures")
     for path in sorted((folder / "pictures").glob("*.png")):
@@ -51,8 +62,9 @@ def with_conditions(workshop: Workshop, folder: Path) -> Workshop:
         Image.fromarray(labels).save(path.with_suffix(".map.png"))
         label = path.with_suffix(".txt").read_text().split()[-1]
         path.with_suffix(".boxes.json").write_text(json.dumps([box_of(labels, label)]))
-    shutil.copy(workshop.folder / "first_stage_4.safetensors", folder)
-    config = shop.config("emoji", *ANNOTATED, "data.store_images=true", "data.flip=true")
+    for stage in workshop.folder.glob("first_stage_*.safetensors"):
+        shutil.copy(stage, folder)
+    config = shop.config(experiment, *ANNOTATED, "data.store_images=true", "data.flip=true")
     pack(config)
     precompute(config)
     return shop

@@ -47,6 +47,15 @@ RUN = [
     "eval.prompts=[]",
     "logger.wandb.mode=disabled",
 ]
+THREE_CHANNELS = {
+    "ffhq_256",
+    "imagenet_256",
+    "inpainting_256",
+    "layout_256",
+    "semantic_map_256",
+    "super_resolution_256",
+}
+"""Experiments whose latents have three channels; others have four."""
 
 
 def draw_pictures(folder: Path, captions: Sequence[str] = CAPTIONS) -> None:
@@ -72,7 +81,7 @@ class Workshop:
 
     def overrides(self, experiment: str, *more: str, run: Path | None = None) -> list[str]:
         """What shrinks an experiment to the workshop's size."""
-        latent = 3 if experiment in ("imagenet_256", "ffhq_256") else 4
+        latent = 3 if experiment in THREE_CHANNELS else 4
         stage = self.folder / f"first_stage_{latent}.safetensors"
         return [
             f"+experiment={experiment}",

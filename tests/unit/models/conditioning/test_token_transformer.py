@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given as tried
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 from models.condition import Condition
@@ -22,11 +23,9 @@ CORNERS = (corner_number(0, 0), corner_number(1, 1))
 PARTS = st.floats(0, 1)
 
 
-def layout_of(**options: int) -> Conditioner:
+def layout_of() -> Conditioner:
     torch.manual_seed(0)
-    config = ConditionerConfig(
-        kind=ConditionerKind.layout, classes=CLASSES, **({"width": 16, "layers": 2} | options)
-    )
+    config = ConditionerConfig(kind=ConditionerKind.layout, classes=CLASSES, width=16, layers=2)
     return build_conditioner(config)
 
 
@@ -65,6 +64,8 @@ def test_a_layer_is_that_of_the_equations() -> None:
     mixed = reference_attention(q, k, v, mask).reshape(15, -1)
     after = x + F.linear(mixed, layer.to_out.weight, layer.to_out.bias)
     first, _, second = layer.feed_forward
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
     inside = F.gelu(F.linear(layer.norm2(after), first.weight, first.bias))
     torch.testing.assert_close(found, after + F.linear(inside, second.weight, second.bias))
 
