@@ -60,9 +60,7 @@ class Layout(Conditioner):
         """
         rows = [self._tokens(boxes) for boxes in self._boxes(given)]
         numbers = torch.tensor(rows)
-        mask = numbers != PADDING
-        mask[:, -2:] = True
-        return {"numbers": numbers, "mask": mask}
+        return {"numbers": numbers, "mask": numbers != PADDING}
 
     @override
     def forward(self, inputs: Inputs, size: Size) -> Condition:

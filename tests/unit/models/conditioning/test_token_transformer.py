@@ -173,6 +173,9 @@ def test_boxes_are_drawn_in_their_colours_with_labels_that_fit() -> None:
     assert (picture[:, 140:180, 10:180] == 1).all()
     inside = picture[:, 3:20, 3:60]  # the label
     assert (inside < 1).any()
+    narrow = [("red heart", 0.0, 0.0, 0.2, 1.0)]
+    (picture,) = conditioner.picture(Given([""], boxes=[narrow]))
+    assert (picture[:, 3:250, 3:48] == 1).all()
     small = conditioner.picture(Given([""], torch.zeros(1, 3, 32, 48), boxes=[boxes]))
     assert small.shape == (1, 3, 32, 48)
     assert (small[0, :, 3:14, 4:20] == 1).all()  # no label fits
