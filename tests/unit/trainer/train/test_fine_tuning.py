@@ -4,6 +4,7 @@ import tempfile
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,9 @@ class Task:
     @property
     def modules(self) -> dict[str, nn.Module]:
         return {name: one.module for name, one in self.trained.items()}
+
+    def begin_with(self, state: dict[str, Any]) -> None:
+        """Take nothing from the other task's state."""
 
 
 SIDES = st.integers(1, 4)
