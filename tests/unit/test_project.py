@@ -27,6 +27,14 @@ def test_ci_runs_make_test_on_the_oldest_python() -> None:
     assert [f">={version}" for version in versions] == [PROJECT["requires-python"]]
 
 
+def test_the_readme_lists_every_experiment_and_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    experiments = [path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")]
+    assert [name for name in experiments if f"`{name}`" not in text] == []
+    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
+    assert [name for name in pages if f"(docs/{name}" not in text] == []
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     versions = re.findall(r"^## \[(.+)\] - (?:unreleased|\d{4}-\d{2}-\d{2})$", text, re.MULTILINE)
