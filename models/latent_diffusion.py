@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.condition import Condition
 from models.conditioning.conditioner import Conditioner, Inputs
+from models.first_stage.first_stage import FirstStage
 from models.unet import UNet2DCondition
 
 
@@ -45,6 +46,15 @@ class LatentScale(nn.Module):
     def denormalise(self, latents: Tensor) -> Tensor:
         """Invert `normalise`: [B, C, h, w] → latents for the first stage, [B, C, h, w]."""
         return latents * self.std + self.mean
+
+
+@torch.no_grad()
+def encode_normalised(first_stage: FirstStage, scale: LatentScale, images: Tensor) -> Tensor:
+    """Encode images [B, 3, H, W] in [-1, 1] to the normalised means of their posteriors.
+
+    Returns [B, C, h, w] float32; first_stage, scale and images are on one device.
+    """
+    return scale.normalise(first_stage.encode(images.to(first_stage.dtype))[:, 0].float())
 
 
 class LatentDiffusion(nn.Module):

@@ -305,7 +305,7 @@ def denoising_problems(config: Config) -> Iterator[str]:
     if config.data.crop is CropPlace.random:
         yield "data.crop=random: stored latents have the centre crop; it is for task=autoencoder"
     entry = CONDITIONERS[config.conditioner.kind]
-    planes = entry.planes(config.conditioner)
+    planes = entry.planes(config.conditioner, stage.latent_channels)
     if unet.in_channels != stage.latent_channels + planes:
         beside = f" and the conditioner gives {planes} more" if planes else ""
         yield (
@@ -360,22 +360,12 @@ def _sample_sizes(config: Config) -> Iterator[str]:
 
 def _spatial_problems(config: Config) -> Iterator[str]:
     """Yield the contradictions of conditions that are made of images, label maps or boxes."""
-    kind, stage = config.conditioner.kind, config.autoencoder
+    kind = config.conditioner.kind
     for name in CONDITIONERS[kind].reads:
         if not getattr(config.data, name):
             yield f"conditioner.kind={kind} needs data.{name}=true"
-    factor = config.conditioner.factor
-    if CONDITIONERS[kind].enlarges and factor != stage.downsample_factor:
-        yield (
-            f"conditioner.factor={factor} but the first stage shrinks images by "
-            f"{stage.downsample_factor}: the small picture must have the latents' size"
-        )
-    planes = config.conditioner.planes
-    if CONDITIONERS[kind].encodes and planes != stage.latent_channels + 1:
-        yield (
-            f"conditioner.planes={planes} but autoencoder.latent_channels={stage.latent_channels} "
-            f"and a mask make {stage.latent_channels + 1}"
-        )
+    if CONDITIONERS[kind].reads and config.sample.negative_prompt:
+        yield f"sample.negative_prompt is of captions, which conditioner.kind={kind} does not read"
 
 
 def _kinds(has: Callable[[ConditionerEntry], bool]) -> str:

@@ -22,7 +22,7 @@ from models.diffusion.samplers import Start, sample
 from models.first_stage.autoencoder import AutoencoderVQ, fingerprint, load_autoencoder
 from models.first_stage.first_stage import FirstStage
 from models.first_stage.memory import activation_bytes
-from models.latent_diffusion import LatentDiffusion, LatentScale
+from models.latent_diffusion import LatentDiffusion, LatentScale, encode_normalised
 from models.layers.attention import sdpa_for
 from models.layers.blocks import use_attention
 from models.unet import UNet2DCondition
@@ -166,7 +166,6 @@ class Pipeline:
         self._scale = scale.to(device)
         self._device = device
         self.conditioner = conditioner
-        conditioner.use_first_stage(self._encode)
 
     @classmethod
     def load(cls, config: Config, checkpoint: Checkpoint, device: torch.device) -> Self:
@@ -231,8 +230,8 @@ class Pipeline:
         (`models.diffusion.samplers.sample`).
         """
         config = self._config
-        factor, side = config.autoencoder.downsample_factor, config.data.image_size
-        height, width = (pixels // factor for pixels in size or (side, side))
+        side = config.data.image_size
+        height, width = self.latent_size(size or (side, side))
         shape = (config.autoencoder.latent_channels, height, width)
         ids = np.asarray(samples, np.int64)
 
@@ -240,13 +239,11 @@ class Pipeline:
             epochs = np.full_like(ids, draw)
             return torch.as_tensor(rng.normal(seed, purpose, epochs, ids, shape)).to(self._device)
 
-        null = given.with_captions([negative_prompt] * len(ids))
-        predict = guided(
-            self._module,
-            self.conditioner.condition(given, (height, width)),
-            self.conditioner.condition(null, (height, width)),
-            config.sampler,
-        )
+        condition = null = self.conditioner.condition(given, (height, width), self._encode)
+        if config.sampler.guidance_scale != 1.0:
+            negative = given.with_captions([negative_prompt] * len(ids))
+            null = self.conditioner.condition(negative, (height, width), self._encode)
+        predict = guided(self._module, condition, null, config.sampler)
         start = None if init_image is None else Start(self._encode(init_image[None]), strength)
         latents = sample(
             predict,
@@ -259,6 +256,11 @@ class Pipeline:
         )
         return self.conditioner.paste(self._decode(self._scale.denormalise(latents)), given)
 
+    def latent_size(self, size: Size) -> Size:
+        """Return (h, w) of the latents of an image of (H, W) pixels."""
+        factor = self._config.autoencoder.downsample_factor
+        return size[0] // factor, size[1] // factor
+
     @torch.inference_mode()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Encode and decode images [B, 3, H, W] in [-1, 1]; return them on the CPU, in 8 bits."""
@@ -267,8 +269,7 @@ class Pipeline:
 
     def _encode(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] to the normalised means of their posteriors: [B, C, h, w]."""
-        pixels = images.to(self._device, self._autoencoder.dtype)
-        return self._scale.normalise(self._autoencoder.encode(pixels)[:, 0].float())
+        return encode_normalised(self._autoencoder, self._scale, images.to(self._device))
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode latents [B, C, h, w] in slices: [B, 3, H, W] uint8 on the CPU."""

@@ -28,7 +28,7 @@ class ClassLabel(Conditioner):
         self.embedding = nn.Embedding(config.num_classes + 1, config.width)
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Read the class numbers [B].
 
         Raises: ValueError for a caption that is not a class number.

@@ -61,7 +61,7 @@ class ClipText(Text):
         del self.clip.visual
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Return ids [B, T] int64."""
         return {"ids": self.tokenizer([caption or "" for caption in given.captions])}
 

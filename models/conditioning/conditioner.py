@@ -60,6 +60,8 @@ class Conditioner(nn.Module):
 
     trainable: bool
     context_dim: int
+    images: tuple[str, ...] = ()
+    """Names of inputs that `prepare` makes as images, and of which `forward` gets the latents."""
 
     @classmethod
     def outline(cls, config: ConditionerConfig) -> Outline:
@@ -69,11 +71,11 @@ class Conditioner(nn.Module):
         """
         return Outline()
 
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Turn what B samples give into numbers on the CPU, the input of `forward`.
 
-        Training calls it ahead of time, in a thread or a forked process. Samples whose caption is
-        None get the null condition.
+        size: (h, w) of the latents. Training calls it ahead of time, in a thread or a forked
+        process. Samples whose caption is None get the null condition.
 
         Raises: ValueError for samples that the conditioner cannot encode.
         """
@@ -82,32 +84,40 @@ class Conditioner(nn.Module):
     def forward(self, inputs: Inputs, size: Size) -> Condition:
         """Encode B samples to a float32 condition, on the conditioner's device.
 
-        inputs: from `prepare`, on the conditioner's device.
+        inputs: from `prepare` and `encoded`, on the conditioner's device.
         size: (h, w) of the latents, and of planes [B, C, h, w]; tokens do not depend on it.
         """
         raise NotImplementedError
 
-    def use_first_stage(self, encode: Encode) -> None:
-        """Get the frozen first stage, for conditions that are latents of images."""
+    def encoded(self, inputs: Inputs, encode: Encode) -> Inputs:
+        """Return inputs with the latents of their images, by the frozen first stage."""
+        return {
+            name: encode(tensor) if name in self.images else tensor
+            for name, tensor in inputs.items()
+        }
 
-    def picture(self, given: Given) -> Tensor:
-        """Show a condition that is made of images, label maps or boxes: [B, 3, H, W] in [-1, 1]."""
+    def picture(self, given: Given, size: Size) -> Tensor:
+        """Show a condition that is made of images, label maps or boxes: [B, 3, H, W] in [-1, 1].
+
+        size: (h, w) of the latents.
+        """
         raise NotImplementedError
 
     def paste(self, drawn: Tensor, given: Given) -> Tensor:
         """Put the pixels that the condition fixes into drawn images [B, 3, H, W] uint8."""
         return drawn
 
-    def condition(self, given: Given, size: Size) -> Condition:
-        """Prepare and encode B samples; size: (h, w) of the latents.
+    def condition(self, given: Given, size: Size, encode: Encode | None = None) -> Condition:
+        """Prepare and encode B samples.
 
+        size: (h, w) of the latents. encode: the first stage, for a conditioner with `images`.
         Raises: ValueError as `prepare`.
         """
-        inputs = self.prepare(given)
+        inputs = self.prepare(given, size)
         if inputs:
             device = next(chain(self.parameters(), self.buffers())).device
             inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return self(inputs, size)
+        return self(inputs if encode is None else self.encoded(inputs, encode), size)
 
     def pipeline_parts(self) -> Mapping[str, PipelinePart] | None:
         """Convert the conditioner to parts of a StableDiffusionPipeline, by the pipeline's names.
@@ -130,7 +140,7 @@ class NoConditioner(Conditioner):
         super().__init__()
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         return {}
 
     @override

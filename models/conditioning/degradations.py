@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -24,63 +25,53 @@ NOISE = 2 / 255
 """Largest deviation of the noise, for pixels in [0, 1]."""
 QUALITY = 80, 95
 """Quality of JPEG."""
-UNIFORMS = 2 * STEPS + 10
+UNIFORMS = STEPS + 12
 
 
 def degrade(
-    images: Tensor, factor: int, degradation: Degradation, draws: Draws | None = None
+    images: Tensor, size: tuple[int, int], degradation: Degradation, draws: Draws | None = None
 ) -> Tensor:
-    """Shrink images by `factor`: [B, 3, H, W] → [B, 3, H / factor, W / factor], 8 bits in [-1, 1].
+    """Shrink images [B, 3, H, W] in [-1, 1] to size (h, w): [B, 3, h, w] in [-1, 1], of 8 bits.
 
     draws: for `bsr_light`; without them, and for `bicubic`, the filter is antialiased bicubic.
     """
-    height, width = images.shape[-2:]
-    size = width // factor, height // factor
     if draws is None or degradation is Degradation.bicubic:
-        small = [_resized(image, size, Image.Resampling.BICUBIC) for image in _pictures(images)]
-    else:
-        uniform, noise = draws.uniform(UNIFORMS), draws.normal((height, width, 3))
-        small = [
-            _bsr_light(image, size, factor, chances, field)
-            for image, chances, field in zip(_pictures(images), uniform, noise, strict=True)
-        ]
-    stacked = torch.as_tensor(np.stack([np.asarray(image) for image in small]))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+        return bicubic(images, size)
+    (height, width), small = size, list[Image.Image]()
+    uniform, noise = draws.uniform(UNIFORMS), draws.normal((*images.shape[-2:], 3))
+    for image, chances, field in zip(_pictures(images), uniform, noise, strict=True):
+        small.append(_bsr_light(image, (width, height), chances, field))
+    return _tensor(small)
 
 
-def enlarge(images: Tensor, factor: int) -> Tensor:
-    """Enlarge pictures [B, 3, h, w] in [-1, 1] by bicubic interpolation, rounded to 8 bits.
-
-    Super-resolution is compared with it.
-    """
-    height, width = images.shape[-2:]
-    size = width * factor, height * factor
-    large = [_resized(image, size, Image.Resampling.BICUBIC) for image in _pictures(images)]
-    stacked = torch.as_tensor(np.stack([np.asarray(image) for image in large]))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images [B, 3, H, W] in [-1, 1] to size (h, w): [B, 3, h, w] in [-1, 1], of 8 bits."""
+    height, width = size
+    resample = Image.Resampling.BICUBIC
+    return _tensor(one.resize((width, height), resample) for one in _pictures(images))
 
 
 def _bsr_light(
     image: Image.Image,
     size: tuple[int, int],
-    factor: int,
     chances: NDArray[np.float64],
     noise: NDArray[np.float32],
 ) -> Image.Image:
     """Degrade by the light form of BSRGAN's model (Zhang et al. 2021, section 3).
 
     Its steps come in random order: two Gaussian blurs, a resize between the two sizes, noise, and
-    JPEG; at the end come the resize to `size`, and JPEG. chances: [UNIFORMS] from [0, 1). noise:
-    [H, W, 3], standard normal.
+    JPEG; at the end come the resize to `size` (w, h), and JPEG. chances: [UNIFORMS] from [0, 1).
+    noise: [H, W, 3], standard normal.
     """
     order, rest = chances[:STEPS].argsort(), chances[STEPS:]
     for step in order.tolist():
         if step < 2:
             image = _blurred(image, rest[3 * step : 3 * step + 3])
         elif step == 2:
-            share = 1 / factor + (1 - 1 / factor) * rest[6]
-            between = tuple(max(round(side * share), 1) for side in image.size)
-            image = _resized(image, (between[0], between[1]), _filter(rest[7]))
+            smallest = size[0] / image.width
+            share = smallest + (1 - smallest) * rest[6]
+            between = max(round(image.width * share), 1), max(round(image.height * share), 1)
+            image = image.resize(between, _filter(rest[7]))
         elif step == 3:
             pixels = np.asarray(image, np.float32)
             field = noise[: pixels.shape[0], : pixels.shape[1]]
@@ -88,7 +79,7 @@ def _bsr_light(
             image = Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
         else:
             image = _jpeg(image, rest[9])
-    return _jpeg(_resized(image, size, _filter(rest[10])), rest[11])
+    return _jpeg(image.resize(size, _filter(rest[10])), rest[11])
 
 
 def _blurred(image: Image.Image, chances: NDArray[np.float64]) -> Image.Image:
@@ -119,13 +110,13 @@ def _filter(chance: float) -> Image.Resampling:
     return FILTERS[int(chance * len(FILTERS))]
 
 
-def _resized(
-    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling
-) -> Image.Image:
-    return image.resize(size, resampling)
-
-
 def _pictures(images: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in [-1, 1] → 8-bit pictures."""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
     return [Image.fromarray(one.contiguous().numpy()) for one in pixels]
+
+
+def _tensor(pictures: Iterable[Image.Image]) -> Tensor:
+    """8-bit pictures of one size → [B, 3, H, W] in [-1, 1]."""
+    stacked = torch.as_tensor(np.stack([np.asarray(image) for image in pictures]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from models.condition import Condition
-from models.conditioning.conditioner import Conditioner, Encode, Inputs, Size
+from models.conditioning.conditioner import Conditioner, Inputs, Size
 from models.conditioning.given import Given
 from models.conditioning.masks import draw_holes
 from models.config import ConditionerConfig
@@ -20,20 +20,16 @@ class Inpainting(Conditioner):
 
     trainable = False
     context_dim = 0
+    images = ("masked",)
     here: Tensor
 
     def __init__(self, config: ConditionerConfig) -> None:
-        """config: planes, one more than the latents' channels."""
+        """config: has no options of this kind."""
         super().__init__()
-        self._encode: Encode | None = None
         self.register_buffer("here", torch.zeros(()), persistent=False)  # tells the device
 
     @override
-    def use_first_stage(self, encode: Encode) -> None:
-        self._encode = encode
-
-    @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Cut the holes: the image [B, 3, H, W] in [-1, 1], and the mask [B, 1, H, W].
 
         Raises: ValueError where there is no image.
@@ -43,16 +39,14 @@ class Inpainting(Conditioner):
         return {"masked": masked, "holes": holes, "known": given.known}
 
     @override
-    def picture(self, given: Given) -> Tensor:
-        return self.prepare(given)["masked"]
+    def picture(self, given: Given, size: Size) -> Tensor:
+        return self.prepare(given, size)["masked"]
 
     @override
     def forward(self, inputs: Inputs, size: Size) -> Condition:
-        """Encode to planes [B, C + 1, h, w]; the mask is in [-1, 1], 1 in the hole."""
-        assert self._encode is not None
-        latents = self._encode(inputs["masked"])
+        """Return planes [B, C + 1, h, w]; the mask is in [-1, 1], 1 in the hole."""
         mask = F.interpolate(inputs["holes"], size) * 2 - 1
-        planes = torch.cat([latents.float(), mask], dim=1)
+        planes = torch.cat([inputs["masked"].float(), mask], dim=1)
         return Condition(planes=planes * inputs["known"][:, None, None, None])
 
     @override

@@ -53,7 +53,7 @@ class Layout(Conditioner):
         self.transformer = TokenTransformer(LAYOUT_VOCABULARY, LENGTH, config.width, config.layers)
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Number the boxes: numbers [B, LENGTH], and a mask that is false for padding.
 
         Raises: ValueError where there are no boxes, or a label is not in conditioner.classes.
@@ -69,15 +69,15 @@ class Layout(Conditioner):
         return Condition(self.transformer(inputs["numbers"], mask).float(), mask)
 
     @override
-    def picture(self, given: Given) -> Tensor:
+    def picture(self, given: Given, size: Size) -> Tensor:
         """Draw the boxes in the colours of their classes, with the labels that fit into them.
 
         H and W are those of the images; without images, PICTURE_SIDE.
         """
-        size = PICTURE_SIDE, PICTURE_SIDE
+        sides = PICTURE_SIDE, PICTURE_SIDE
         if given.images is not None:
-            size = given.images.shape[2], given.images.shape[3]
-        return torch.stack([self._drawn(boxes, size) for boxes in self._boxes(given)])
+            sides = given.images.shape[2], given.images.shape[3]
+        return torch.stack([self._drawn(boxes, sides) for boxes in self._boxes(given)])
 
     def _boxes(self, given: Given) -> Sequence[Sequence[LabelledBox]]:
         """Return the boxes of each sample; those of the null condition are left out."""

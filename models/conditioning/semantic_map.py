@@ -45,7 +45,7 @@ class SemanticMap(Conditioner):
         nn.init.kaiming_uniform_(self.embedding.weight.T, a=5**0.5)
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Return the class numbers [B, H, W], all below num_classes.
 
         Raises: ValueError where there is no map.
@@ -58,7 +58,7 @@ class SemanticMap(Conditioner):
         return {"map": given.maps, "known": given.known}
 
     @override
-    def picture(self, given: Given) -> Tensor:
+    def picture(self, given: Given, size: Size) -> Tensor:
         assert given.maps is not None
         return label_colours(given.maps)
 

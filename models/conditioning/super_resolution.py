@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from typing_extensions import override
 
 from models.condition import Condition
@@ -24,13 +23,13 @@ class SuperResolution(Conditioner):
     here: Tensor
 
     def __init__(self, config: ConditionerConfig) -> None:
-        """config: factor and degradation."""
+        """config: degradation."""
         super().__init__()
-        self._config = config
+        self._degradation = config.degradation
         self.register_buffer("here", torch.zeros(()), persistent=False)  # tells the device
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Make the small pictures [B, 3, h, w], 8 bits in [-1, 1].
 
         Raises: ValueError where there is neither a small picture nor an image.
@@ -42,13 +41,13 @@ class SuperResolution(Conditioner):
                     "conditioner.kind=super_resolution needs pictures: sample.images, or in "
                     "training data.store_images=true"
                 )
-            config = self._config
-            small = degrade(given.images, config.factor, config.degradation, given.draws)
+            small = degrade(given.images, size, self._degradation, given.draws)
         return {"small": small * given.known[:, None, None, None]}
 
     @override
-    def picture(self, given: Given) -> Tensor:
-        return F.interpolate(self.prepare(given)["small"], scale_factor=self._config.factor)
+    def picture(self, given: Given, size: Size) -> Tensor:
+        """Return the small pictures [B, 3, h, w]."""
+        return self.prepare(given, size)["small"]
 
     @override
     def forward(self, inputs: Inputs, size: Size) -> Condition:

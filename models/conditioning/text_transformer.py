@@ -30,7 +30,7 @@ class TextTransformer(Conditioner):
         )
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Tokenize the captions to numbers [B, context_length]."""
         return {"numbers": self.tokenizer([caption or "" for caption in given.captions])}
 

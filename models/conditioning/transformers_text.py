@@ -63,7 +63,7 @@ class TransformersText(Text):
         return Condition(tokens, mask)
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         """Return ids [B, T] int64 and mask [B, T] bool."""
         found = self.tokenizer(
             [bounded(caption or "", self.context_length) for caption in given.captions],
@@ -82,7 +82,7 @@ class TransformersText(Text):
                 f"tokens that conditioner.pretrained takes"
             )
         try:
-            mask = self.prepare(Given([None]))["mask"]
+            mask = self.prepare(Given([None]), (1, 1))["mask"]
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

@@ -38,11 +38,7 @@ class ConditionerConfig:
     """layout: labels that boxes may have; the place of a label is the number of its class. A run
     keeps them: append new ones only in a new run."""
     planes: int = 3
-    """[channels, ≥ 1, ≤ 65536] semantic_map: planes that it adds to the latents. inpainting: one
-    more than autoencoder.latent_channels."""
-    factor: int = 4
-    """[1, ≥ 1, ≤ 64] super_resolution: width of the image by that of the small picture; equals the
-    factor by which the first stage shrinks images."""
+    """[channels, ≥ 1, ≤ 65536] semantic_map: planes that it adds to the latents."""
     degradation: Degradation = Degradation.bicubic
     """super_resolution: how training makes the small pictures."""
     cond_drop_prob: float = 0.1
@@ -109,14 +105,10 @@ class ConditionerEntry:
     """Class, a `models.conditioning.conditioner.Conditioner`."""
     has_tokens: bool = True
     """Whether it gives tokens [B, M, conditioner.width]."""
-    planes: Callable[[ConditionerConfig], int] = lambda config: 0
-    """Channels of the planes that it concatenates to the latents."""
+    planes: Callable[[ConditionerConfig, int], int] = lambda config, channels: 0
+    """(options, channels of the latents) → channels of the planes beside the latents."""
     reads: tuple[str, ...] = ()
     """Options of the data without which its samples do not have what the condition is made of."""
-    enlarges: bool = False
-    """Whether planes have the size of the condition, by conditioner.factor smaller than images."""
-    encodes: bool = False
-    """Whether it encodes images with the first stage, which then stays on the device."""
     stores_text: bool = False
     """Whether data.store_text can store its tokens beside the latents."""
     is_clip: bool = False
@@ -147,21 +139,19 @@ CONDITIONERS = {
     ConditionerKind.super_resolution: ConditionerEntry(
         conditioner="models.conditioning.super_resolution:SuperResolution",
         has_tokens=False,
-        planes=lambda config: 3,
+        planes=lambda config, channels: 3,
         reads=("store_images",),
-        enlarges=True,
     ),
     ConditionerKind.inpainting: ConditionerEntry(
         conditioner="models.conditioning.inpainting:Inpainting",
         has_tokens=False,
-        planes=lambda config: config.planes,
+        planes=lambda config, channels: channels + 1,
         reads=("store_images",),
-        encodes=True,
     ),
     ConditionerKind.semantic_map: ConditionerEntry(
         conditioner="models.conditioning.semantic_map:SemanticMap",
         has_tokens=False,
-        planes=lambda config: config.planes,
+        planes=lambda config, channels: config.planes,
         reads=("maps",),
         problems=_semantic_map_problems,
     ),

@@ -88,6 +88,11 @@ class Vgg16Levels(nn.Module):
         return levels
 
 
+def perceptual_name(features: PerceptualFeatures) -> str:
+    """Return the name of the distance in logs; LPIPS is that of VGG16 alone."""
+    return "lpips" if features is PerceptualFeatures.vgg16 else f"perceptual_{features}"
+
+
 def build_perceptual(features: PerceptualFeatures, weights: str) -> PerceptualDistance:
     """Build the perceptual distance of these features, on the CPU.
 

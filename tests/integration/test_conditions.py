@@ -1,6 +1,7 @@
 """Conditions with networks of their own, from data to numbers: each as exact as captions are."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def test_a_picture_of_any_size_is_enlarged(
     draw(config)
     found = [size_of(tmp_path / "drawn" / f"{number:05d}.png") for number in range(6)]
     assert found == [(32, 32), (52, 28), (52, 28)] * 2
-    assert size_of(tmp_path / "drawn" / "condition_00001.png") == (52, 28)
+    assert size_of(tmp_path / "drawn" / "condition_00001.png") == (13, 7)
     assert (tmp_path / "drawn" / "sheet.png").exists()
 
 
@@ -313,6 +314,48 @@ def test_wrong_files_are_named(
     config = config_of(shop, experiment, *named, run=runs[experiment])
     with pytest.raises(ValueError, match=message):
         draw(config)
+
+
+def test_evaluations_leave_the_training_as_it_is(
+    shop: Workshop, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Training and sampling share the first stage and the conditioner of inpainting."""
+    perceptual = "eval.perceptual_features=efficientnet_lite0"
+    options = [f"train.max_steps={STEPS}", "eval.every=2", *MEASURE, perceptual]
+    assert fit(config_of(shop, "emoji_inpainting", *options, run=tmp_path)) == 0
+    assert losses(tmp_path) == losses(runs["emoji_inpainting"])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "option"),
+    [
+        ("emoji_super_resolution", "sample.prompts=[a red circle]"),
+        ("emoji_inpainting", "sample.init_image=other.png"),
+        ("scenes_semantic_map", "sample.height=64"),
+        ("scenes_layout", "sample.prompts_file=prompts.txt"),
+    ],
+)
+def test_what_files_of_conditions_decide_is_not_asked_twice(
+    experiment: str, option: str, shop: Workshop, runs: dict[str, Path]
+) -> None:
+    config = config_of(shop, experiment, option, run=runs[experiment])
+    with pytest.raises(ValueError, match=rf"^{re.escape(option.split('=')[0])} is not read: "):
+        draw(config)
+
+
+def test_a_negative_prompt_is_of_captions(shop: Workshop, tmp_path: Path) -> None:
+    options = ["sample.negative_prompt=blurred", "sampler.guidance_scale=3"]
+    with pytest.raises(ValueError, match=r"^sample\.negative_prompt is of captions"):
+        config_of(shop, "emoji_inpainting", *options, run=tmp_path)
+
+
+def test_an_unconditional_model_needs_no_prompts(workshop: Workshop, tmp_path: Path) -> None:
+    options = ["conditioner=none", "unet.context_dim=0", "train.max_steps=1"]
+    options += ["sample.images_per_prompt=3", f"sample.out={tmp_path / 'drawn'}"]
+    config = workshop.config("emoji", *options, run=tmp_path / "run")
+    assert fit(config) == 0
+    draw(config)
+    assert len([*(tmp_path / "drawn").glob("0*.png")]) == 3
 
 
 def test_each_kind_says_what_it_reads() -> None:

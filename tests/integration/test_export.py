@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,14 +13,13 @@ from models.conditioning.clip_text import ClipText
 from models.conditioning.conditioners import build_conditioner
 from models.conditioning.given import Given
 from models.first_stage.autoencoder import AutoencoderKL, load_autoencoder
+from tests.support.diffusers_pictures import drawn_by_diffusers
 from tests.support.oracles import diffusers
 from tests.support.workshop import Workshop
 from trainer.checkpoints.reader import chosen_checkpoint
 from trainer.config import Config
 from trainer.export.job import export
 from trainer.pipeline import Pipeline
-from trainer.runtime import rng
-from trainer.runtime.rng import Purpose
 from trainer.train.loop import fit
 
 PROMPTS = [
@@ -91,19 +89,9 @@ def test_the_first_stage_encodes_to_and_decodes_from_scaled_latents(
 @pytest.mark.parametrize("size", [(32, 32), (24, 48)])
 def test_pictures_are_ours(config: Config, pipeline: Any, size: tuple[int, int]) -> None:
     ours = Pipeline.load(config, chosen_checkpoint(config), torch.device("cpu"))
-    seeds = np.arange(len(PROMPTS))
-    given = Given(PROMPTS)
-    expected = ours.draw(given, seeds.tolist(), seed=5, size=size).float() / 255
-    shape = 4, size[0] // 4, size[1] // 4
-    noise = rng.normal(5, Purpose.sampling, np.zeros_like(seeds), seeds, shape)
-    pipeline.set_progress_bar_config(disable=True)
-    found = pipeline(
-        PROMPTS,
-        latents=torch.from_numpy(noise),
-        num_inference_steps=config.sampler.steps,
-        guidance_scale=config.sampler.guidance_scale,
-        output_type="pt",
-    ).images
+    numbers = range(len(PROMPTS))
+    expected = ours.draw(Given(PROMPTS), numbers, seed=5, size=size).float() / 255
+    found = drawn_by_diffusers(pipeline, PROMPTS, config.sampler, size)
     assert (found - expected).abs().mean().item() < 1 / 255
     assert expected.std().item() > 0.02
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +12,7 @@ from torch import Tensor
 from models.conditioning.given import Given
 from models.first_stage.autoencoder import load_autoencoder
 from models.latent_diffusion import LatentScale
+from tests.support.diffusers_pictures import drawn_by_diffusers
 from tests.support.oracles import diffusers
 from tests.support.processes import run_command
 from tests.support.workshop import Workshop, losses
@@ -20,8 +20,6 @@ from trainer.checkpoints.reader import Checkpoint, chosen_checkpoint
 from trainer.config import Config
 from trainer.export.job import export
 from trainer.pipeline import Pipeline
-from trainer.runtime import rng
-from trainer.runtime.rng import Purpose
 from trainer.train import latent_scale
 from trainer.train.loop import fit
 
@@ -63,7 +61,6 @@ def theirs(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Any:
         latents = load_autoencoder(config.autoencoder).encode(torch.rand(8, 3, 32, 32) * 2 - 1)
     assert abs(latents[:, 0].std().log().item()) > 0.1
     pipeline.vae.register_to_config(scaling_factor=0.7 / latents[:, 0].std().item())
-    pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
@@ -91,15 +88,7 @@ def test_an_imported_model_draws_as_in_diffusers(
 ) -> None:
     config, ours = imported
     assert factor(config) == pytest.approx(theirs.vae.config.scaling_factor, rel=1e-12)
-    numbers = np.arange(len(PROMPTS))
-    noise = rng.normal(5, Purpose.sampling, np.zeros_like(numbers), numbers, (4, 8, 8))
-    found = theirs(
-        PROMPTS,
-        latents=torch.from_numpy(noise),
-        num_inference_steps=config.sampler.steps,
-        guidance_scale=config.sampler.guidance_scale,
-        output_type="pt",
-    ).images
+    found = drawn_by_diffusers(theirs, PROMPTS, config.sampler, (32, 32))
     assert (found - ours).abs().mean().item() < 1 / 255
     assert ours.std().item() > 0.02
 

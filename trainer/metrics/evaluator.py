@@ -13,6 +13,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.shards.manifest import FILE_NAME
@@ -28,7 +29,7 @@ from trainer.metrics.compare import compare, needs_rows
 from trainer.metrics.extractors import build_extractors, load_eval_clip
 from trainer.metrics.feature_set import FeatureCollector, FeatureSet, batches
 from trainer.metrics.features import FeatureExtractor
-from trainer.metrics.fit import FITS, Batch
+from trainer.metrics.fit import Batch, build_fit
 from trainer.metrics.frechet import frechet_distance
 from trainer.metrics.image_folder import ImageFolder
 from trainer.metrics.prompts import Prompts
@@ -207,10 +208,9 @@ class Evaluator:
         collectors = self._collectors(self._extractors)
         scored = collectors.get(Features.open_clip) if self._config.eval.clip_score else None
         score = None if scored is None else ClipScore(scored.width, self._ranks.device)
-        parts, kind, fit = self._prompts.parts, self._config.conditioner.kind, None
-        if kind in FITS:
-            measured = [self._extractors[name] for name in self._config.eval.features]
-            fit = FITS[kind](self._config, measured, self._ranks.device, baselines=baselines)
+        parts = self._prompts.parts
+        measured = [self._extractors[name] for name in self._config.eval.features]
+        fit = build_fit(self._config, measured, self._ranks.device, baselines=baselines)
         lent = self._lent(self._extractors, fit.networks if fit else ())
         with lent, self._progress(len(parts), "drawing samples") as bar:
             for number, part in enumerate(parts):
@@ -252,11 +252,13 @@ class Evaluator:
     ) -> Batch:
         """Return samples with what they are compared with, on the device."""
         features = [found[name] for name in self._config.eval.features]
+        height, width = images.shape[2:]
         return Batch(
             given=given,
             images=from_uint8(images.to(self._ranks.device)),
             features=[one for one in features if one is not None],
-            pipeline=pipeline,
+            inputs=pipeline.conditioner.prepare(given, pipeline.latent_size((height, width))),
+            reconstruct=pipeline.reconstruct,
         )
 
     def _picture(self, pipeline: Pipeline) -> tuple[Tensor, dict[str, object]]:
@@ -273,7 +275,9 @@ class Evaluator:
         count = min(PAIRED_COLUMNS, self._config.eval.num_samples)
         given = self._prompts.given(range(count))
         assert given.images is not None
-        conditions = pipeline.conditioner.picture(given)
+        height, width = given.images.shape[2:]
+        conditions = pipeline.conditioner.picture(given, pipeline.latent_size((height, width)))
+        conditions = F.interpolate(conditions, (height, width))
         rows = [to_uint8(conditions), self._drawn(pipeline, given), to_uint8(given.images)]
         names = [f"{row} {n + 1}" for row in ("condition", "sample", "image") for n in range(count)]
         return grid(torch.cat(rows), count), about_grid(names, count)

@@ -5,7 +5,7 @@ conditions, which must be worse.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from models.conditioning.degradations import enlarge
+from models.conditioning.conditioner import Inputs
+from models.conditioning.degradations import bicubic
 from models.conditioning.given import Given
-from models.config import ConditionerKind, PerceptualFeatures
+from models.config import ConditionerKind
 from models.config.conditioning import MAP_CLASSES
-from models.first_stage.perceptual import build_perceptual
+from models.first_stage.perceptual import build_perceptual, perceptual_name
 from trainer.config import Config
 from trainer.metrics.features import FeatureExtractor
 from trainer.metrics.reconstruction import ReconstructionMetrics
-from trainer.pipeline import Pipeline
 
 Value = TypeVar("Value")
 Images = Tensor
@@ -42,7 +42,10 @@ class Batch:
     """The samples, on the device."""
     features: Sequence[Tensor]
     """Features of the samples, [B, D] for each extractor."""
-    pipeline: Pipeline
+    inputs: Inputs
+    """What the conditioner prepared of the conditions, on the CPU."""
+    reconstruct: Callable[[Images], Images]
+    """Encodes images with the first stage, and decodes them."""
 
     @property
     def truth(self) -> Images:
@@ -87,12 +90,14 @@ class Copies(Fit):
         """extractors: of eval.features. baselines: whether to measure the other methods, too."""
         features = config.eval.perceptual_features
         distance = build_perceptual(features, config.eval.perceptual_weights)
-        name = "lpips" if features is PerceptualFeatures.vgg16 else f"perceptual_{features}"
+        named = perceptual_name(features), distance
         self.networks = [distance]
-        self._new = lambda: ReconstructionMetrics(extractors, (name, distance), device)
-        self._samples = self._new()
-        self._shuffled = ReconstructionMetrics((), (name, distance), device)
-        self._others = {name: self._new() for name in self.methods} if baselines else {}
+        self._samples = ReconstructionMetrics(extractors, named, device)
+        self._shuffled = ReconstructionMetrics((), named, device)
+        self._others = {
+            method: ReconstructionMetrics(extractors, named, device)
+            for method in (self.methods if baselines else ())
+        }
 
     @abstractmethod
     def others(self, batch: Batch) -> Sequence[Images]:
@@ -107,7 +112,8 @@ class Copies(Fit):
         truth, device = batch.truth, batch.images.device
         features = self._samples.extract(truth)
         self._samples.update(truth, batch.images, (features, batch.features))
-        self._shuffled.update(truth, self.shuffled(batch))
+        if len(truth) > 1:  # one condition cannot be shuffled
+            self._shuffled.update(truth, self.shuffled(batch))
         if self._others:
             for metrics, made in zip(self._others.values(), self.others(batch), strict=True):
                 images = made.to(device)
@@ -124,7 +130,8 @@ class Copies(Fit):
 
     @override
     def compute(self) -> dict[str, float]:
-        return _named({begin: one.compute() for begin, one in self._all().items()})
+        parts = {begin: one for begin, one in self._all().items() if one.count}
+        return _named({begin: one.compute() for begin, one in parts.items()})
 
 
 def _named(parts: Mapping[str, Mapping[str, Value]]) -> dict[str, Value]:
@@ -138,9 +145,9 @@ class SuperResolutionFit(Copies):
 
     @override
     def others(self, batch: Batch) -> Sequence[Images]:
-        small = batch.pipeline.conditioner.prepare(batch.given)["small"]
-        factor = batch.truth.shape[-1] // small.shape[-1]
-        return enlarge(small, factor), batch.pipeline.reconstruct(batch.truth)
+        height, width = batch.truth.shape[-2:]
+        larger = bicubic(batch.inputs["small"], (height, width))
+        return larger, batch.reconstruct(batch.truth)
 
     @override
     def shuffled(self, batch: Batch) -> Images:
@@ -157,7 +164,7 @@ class InpaintingFit(Copies):
         truth, holes = batch.truth, self._holes(batch)
         known = 1 - holes
         sums = (truth * known).sum((2, 3), keepdim=True)
-        return (truth * known + holes * sums / known.sum((2, 3), keepdim=True),)
+        return (truth * known + holes * sums / known.sum((2, 3), keepdim=True).clamp(min=1),)
 
     @override
     def shuffled(self, batch: Batch) -> Images:
@@ -166,8 +173,7 @@ class InpaintingFit(Copies):
         return truth * (1 - holes) + truth.roll(1, 0) * holes
 
     def _holes(self, batch: Batch) -> Tensor:
-        holes = batch.pipeline.conditioner.prepare(batch.given)["holes"]
-        return holes.to(batch.images.device)
+        return batch.inputs["holes"].to(batch.images.device)
 
 
 class MapFit(Fit):
@@ -176,14 +182,7 @@ class MapFit(Fit):
     The control compares samples and images within the regions of another map.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        extractors: Sequence[FeatureExtractor],
-        device: torch.device,
-        *,
-        baselines: bool,
-    ) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
 
     @override
@@ -192,7 +191,8 @@ class MapFit(Fit):
         assert maps is not None
         maps = maps.to(truth.device)
         self._sums[0] += _agreement(truth, batch.images, maps)
-        self._sums[1] += _agreement(truth.roll(1, 0), batch.images, maps.roll(1, 0))
+        if len(truth) > 1:  # one condition cannot be shuffled
+            self._sums[1] += _agreement(truth.roll(1, 0), batch.images, maps.roll(1, 0))
 
     @override
     def state(self) -> dict[str, Tensor]:
@@ -200,11 +200,9 @@ class MapFit(Fit):
 
     @override
     def compute(self) -> dict[str, float]:
-        shares = self._sums[:, 0] / self._sums[:, 1]
-        return {
-            "colour_agreement": float(shares[0]),
-            "shuffled/colour_agreement": float(shares[1]),
-        }
+        names = ("colour_agreement", "shuffled/colour_agreement")
+        pairs = zip(names, self._sums, strict=True)
+        return {name: float(agree / whole) for name, (agree, whole) in pairs if whole}
 
 
 def _agreement(truth: Images, images: Images, maps: Tensor) -> Tensor:
@@ -223,9 +221,24 @@ def _agreement(truth: Images, images: Images, maps: Tensor) -> Tensor:
     return torch.stack([(sizes * (distances <= AGREE)).sum(), sizes.sum()])
 
 
-FITS: dict[ConditionerKind, type[SuperResolutionFit | InpaintingFit | MapFit]] = {
-    ConditionerKind.super_resolution: SuperResolutionFit,
-    ConditionerKind.inpainting: InpaintingFit,
-    ConditionerKind.semantic_map: MapFit,
-}
-"""Metrics of a kind of condition; other kinds have none."""
+def build_fit(
+    config: Config,
+    extractors: Sequence[FeatureExtractor],
+    device: torch.device,
+    *,
+    baselines: bool,
+) -> Fit | None:
+    """Build the metrics of the config's kind of condition; None: it has none.
+
+    extractors: of eval.features. baselines: whether to measure simple methods, too.
+    Raises: ValueError or FileNotFoundError that names the option of weights that are missing.
+    """
+    match config.conditioner.kind:
+        case ConditionerKind.super_resolution:
+            return SuperResolutionFit(config, extractors, device, baselines=baselines)
+        case ConditionerKind.inpainting:
+            return InpaintingFit(config, extractors, device, baselines=baselines)
+        case ConditionerKind.semantic_map:
+            return MapFit(device)
+        case _:
+            return None

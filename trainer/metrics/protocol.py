@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,12 @@ from trainer.runtime.devices import inference_dtype
 
 DRAWING = ("sampler", "diffusion", "autoencoder", "conditioner")
 """Sections of the config that samples depend on."""
+LATER: dict[str, Mapping[str, object]] = {
+    "diffusion": {"latent_scale": "auto", "scaling_factor": 1.0, "loss": "l2"},
+    "conditioner": {"layers": 16, "classes": [], "planes": 3, "degradation": "bicubic"},
+}
+"""Options that the first protocols did not have, and what they would have been: with these values
+a protocol keeps its hash."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,21 @@ def samples_protocol(
         "seed": own.seed,
         "noise": rng.NORMAL_STREAM,
         "prompts": rng.CHOICE_STREAM,
-        **{name: whole[name] for name in DRAWING},
+        **{name: _section(whole, name) for name in DRAWING},
         **_arithmetic(config, device),
     }
     if conditions:
         samples |= {"conditions": conditions, "perceptual": str(own.perceptual_features)}
     return Protocol(_content(config, samples, own.clip_score, extractors, reference))
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, object]:
+    first = LATER.get(name, {})
+    return {
+        option: value
+        for option, value in config[name].items()
+        if option not in first or value != first[option]
+    }
 
 
 def _arithmetic(config: Config, device: torch.device) -> dict[str, object]:

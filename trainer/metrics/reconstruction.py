@@ -128,12 +128,17 @@ class ReconstructionMetrics:
                 state |= {f"{number}/{side}/{key}": v for key, v in total.state().items()}
         return state
 
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return int(self._sums["count"])
+
     def compute(self) -> dict[str, float]:
         """Return the metrics by name.
 
         Raises: ValueError without images; for Fréchet distances, with fewer than two.
         """
-        count = float(self._sums["count"])
+        count = self.count
         if not count:
             raise ValueError("reconstructions are measured on images, and there is none")
         values = {

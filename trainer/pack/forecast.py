@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data.config import DataConfig, SourceKind
 from data.shards.captions import CaptionRule, choose_caption
@@ -16,12 +17,16 @@ from data.shards.codecs import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
     BadSampleError,
+    Buffer,
+    decode_image,
+    encode_png,
     image_size,
 )
 from data.shards.index import MEMBER_DTYPE
 from data.shards.manifest import Kind, Manifest, Shard
 from data.shards.reader import ShardReader
 from data.shards.register import Part, Selection, register_parts
+from data.shards.transforms import square
 from data.sources.samples import RawSample
 from data.sources.sources import open_source
 from data.sources.tars import list_tars_of
@@ -101,7 +106,7 @@ def forecast_shards(config: Config) -> Forecast:
     samples = source.images * len(kept) / max(read, 1)
     each = [_tar_bytes(members) for _, members in kept]
     extensions = {name for _, members in kept for name in members}
-    copied = [_copied_bytes(members) for _, members in kept]
+    copied = [_copied_bytes(members, data) for _, members in kept]
     shard_bytes = samples * _mean(each)
     latents, text = _latent_bytes(config)
     return Forecast(
@@ -185,7 +190,7 @@ def _members(
     for stored in reader.find(np.unique(numbers.astype(np.int64))):
         _, *names = stored.shard.index.dtype.names or ("key",)
         members = {name: stored.payload(name) for name in names if stored.has(name)}
-        copied.append(_copied_bytes(members))
+        copied.append(_copied_bytes(members, data))
         with suppress(BadSampleError):
             sides.append(image_size(next(members[n] for n in IMAGE_EXTENSIONS if n in members)))
             captioned.append(bool(choose_caption(members.get, rule)))
@@ -208,9 +213,19 @@ def _latent_bytes(config: Config) -> tuple[float, float]:
     return moments * (2 if data.flip else 1) + _index_bytes(3), text
 
 
-def _copied_bytes(members: Mapping[str, bytes]) -> int:
-    """Return the bytes of the captions, metadata and annotations that a latent shard copies."""
-    return sum(_member_bytes(len(members[n])) for n in COPIED if n in members)
+def _copied_bytes(members: Mapping[str, Buffer], data: DataConfig) -> int:
+    """Return the bytes of the captions, metadata and annotations that a latent shard copies.
+
+    With data.store_images, also those of the image, cropped and resized.
+    """
+    copied = sum(_member_bytes(len(members[n])) for n in COPIED if n in members)
+    if data.store_images:
+        with suppress(BadSampleError):
+            payload = next(members[n] for n in IMAGE_EXTENSIONS if n in members)
+            pixels = square(decode_image(payload, data.pixels), data.image_size)
+            copied += _member_bytes(len(encode_png(Image.fromarray(pixels))))
+            copied += MEMBER_DTYPE.itemsize  # in the index
+    return copied
 
 
 def _tar_bytes(members: Mapping[str, bytes]) -> int:

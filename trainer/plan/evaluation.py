@@ -112,5 +112,7 @@ def _dtype(config: Config) -> torch.dtype:
 def _is_guided(config: Config) -> bool:
     """Whether each step predicts with the condition and without."""
     entry = CONDITIONERS[config.conditioner.kind]
-    has_condition = entry.has_tokens or entry.planes(config.conditioner) > 0
+    has_condition = (
+        entry.has_tokens or entry.planes(config.conditioner, config.autoencoder.latent_channels) > 0
+    )
     return has_condition and config.sampler.guidance_scale != 1.0

@@ -47,10 +47,9 @@ class FileCondition:
     """Name of the file, for titles."""
 
     def cut(self, image: Tensor) -> Tensor:
-        """Cut the padding from an image [3, H, W] of the padded size; others have none."""
-        if image.shape[1:] != self.padded:
-            return image
-        return image[:, : self.size[0], : self.size[1]]
+        """Cut the padding from an image [3, H, W], of the padded size or made smaller."""
+        rows = round(image.shape[1] * self.size[0] / self.padded[0])
+        return image[:, :rows, : round(image.shape[2] * self.size[1] / self.padded[1])]
 
 
 def check_files(config: Config) -> None:
@@ -59,6 +58,15 @@ def check_files(config: Config) -> None:
     Raises: ValueError that names the option.
     """
     kind, wanted = config.conditioner.kind, FILES.get(config.conditioner.kind, ())
+    unread = ["prompts", "prompts_file", "init_image"] if wanted else []
+    if wanted and kind is not ConditionerKind.layout:  # boxes have no size in pixels
+        unread += ["height", "width"]
+    for name in unread:
+        if getattr(config.sample, name):
+            raise ValueError(
+                f"sample.{name} is not read: conditioner.kind={kind} draws from "
+                f"{' and '.join(f'sample.{option}' for option in wanted)}"
+            )
     counts = {name: len(_paths(config.sample, name)) for names in FILES.values() for name in names}
     for name, count in counts.items():
         if count and name not in wanted:

@@ -83,7 +83,8 @@ def draw(config: Config) -> None:
     ranks.barrier()
     if ranks.is_main:
         for number, condition in enumerate(conditions):
-            shown = to_uint8(pipeline.conditioner.picture(condition.given))[0]
+            size = pipeline.latent_size(condition.padded)
+            shown = to_uint8(pipeline.conditioner.picture(condition.given, size))[0]
             save_png(_condition_path(folder, number), condition.cut(shown))
         sheet = _sheet(folder, prompts, len(conditions), options, about)
         print(f"{len(prompts)} images in {folder}; contact sheet: {sheet}")

@@ -1,11 +1,11 @@
 """The task of a denoiser, which trains on the latents of a frozen first stage."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from data.streams.latents import LatentStream
@@ -19,7 +19,7 @@ from models.config.conditioning import CONDITIONERS
 from models.first_stage import autoencoder
 from models.first_stage.autoencoder import load_autoencoder
 from models.first_stage.first_stage import FirstStage
-from models.latent_diffusion import LatentDiffusion, LatentScale
+from models.latent_diffusion import LatentDiffusion, LatentScale, encode_normalised
 from models.layers.attention import AttentionChoice, choose_attention
 from models.layers.blocks import use_attention
 from models.unet import UNet2DCondition, attention_shapes
@@ -74,26 +74,21 @@ class DenoisingTask(TrainingTask):
             self._networks[TEXT_ENCODER] = stored or text_fingerprint(text)
         stream.consumed = CONDITION_ARRAYS
         stream.pinned = ranks.device.type == "cuda"
-        frozen[1].use_first_stage(self._encode)
         self._use(scale)
         self.trained = {DENOISER: Trained(module, averaged=True)}
         self.kernels = kernels
 
     def _use(self, scale: LatentScale) -> None:
         self._scale = scale
-        loss = DenoisingLoss(self._config, scale, self._conditioner, self._ranks.device)
+        encode = partial(encode_normalised, self._autoencoder, scale)
+        device = self._ranks.device
+        loss = DenoisingLoss(self._config, scale, self._conditioner, encode, device)
         self.stream.draw, self._turn = loss.draw, Turn(DENOISER, loss)
 
     def _keep(self, factor: LatentScale) -> None:
         self._use(factor)
         number = 1 / factor.values["std"][0]
         self._ranks.say(f"latents are multiplied by {number:.6g}, as in the checkpoint")
-
-    @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
-        """Encode images [B, 3, H, W] to the normalised means of their posteriors: [B, C, h, w]."""
-        means = self._autoencoder.encode(images.to(self._autoencoder.dtype))[:, 0].float()
-        return self._scale.to(images.device).normalise(means)
 
     def turns(self, step: int) -> Sequence[Turn]:
         """Return the one turn of every step."""
@@ -174,7 +169,7 @@ def build_denoising(config: Config, ranks: Ranks) -> DenoisingTask:
     conditioner = build_conditioner(config.conditioner)
     _check_latents(config, stream, first_stage, conditioner)
     cast_networks(config, ranks.device, first_stage, conditioner)
-    if CONDITIONERS[config.conditioner.kind].encodes:
+    if conditioner.images:
         first_stage.to(ranks.device)
     if not (isinstance(conditioner, Text) and config.data.store_text):
         conditioner.to(ranks.device)  # beside stored text, training needs the empty caption alone

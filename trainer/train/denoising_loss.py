@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from data.streams.stream import Batch
 from models.condition import Condition
-from models.conditioning.conditioner import Conditioner, Inputs
+from models.conditioning.conditioner import Conditioner, Encode, Inputs
 from models.conditioning.text import Text
 from models.diffusion.process import Diffusion
 from models.first_stage.autoencoder import sample_posterior
@@ -33,12 +33,20 @@ class DenoisingLoss:
     """
 
     def __init__(
-        self, config: Config, scale: LatentScale, conditioner: Conditioner, device: torch.device
+        self,
+        config: Config,
+        scale: LatentScale,
+        conditioner: Conditioner,
+        encode: Encode,
+        device: torch.device,
     ) -> None:
-        """scale: of the latents; conditioner: trained or frozen, on `device`."""
+        """scale: of the latents; conditioner: trained or frozen, on `device`.
+
+        encode: the frozen first stage, for a conditioner with images.
+        """
         self._config = config
         self._scale = scale.to(device)
-        self._conditioner = conditioner
+        self._conditioner, self._encode = conditioner, encode
         self._diffusion = Diffusion(config.diffusion).to(device)
 
     def draw(self, batch: Batch) -> dict[str, Tensor]:
@@ -55,7 +63,8 @@ class DenoisingLoss:
             return drawn | {"dropped": torch.as_tensor(self._dropped(batch))}
         draws = ConditionDraws(self._config.run.seed, batch.epoch, batch.index)
         given = given_by(batch, self._captions(batch), draws)
-        inputs = self._conditioner.prepare(given)
+        height, width = shape[1:]
+        inputs = self._conditioner.prepare(given, (height, width))
         return drawn | {GIVEN + name: numbers for name, numbers in inputs.items()}
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
@@ -105,6 +114,7 @@ class DenoisingLoss:
             for name, numbers in batch.drawn.items()
             if name.startswith(GIVEN)
         }
+        inputs = self._conditioner.encoded(inputs, self._encode)
         if self._conditioner.trainable:
             return inputs
         height, width = latents.shape[-2:]

@@ -34,13 +34,14 @@ def plan_denoising(config: Config) -> StepPlan:
     """Plan a denoising step on latents and conditions that have shapes and no values."""
     stage = config.autoencoder
     side = config.data.image_size // stage.downsample_factor
-    conditioner = _conditioner(config.conditioner)
+    conditioner = _conditioner(config.conditioner, stage.latent_channels)
     # the captions have no meaning here: use the null condition, which every conditioner has
     all_null = replace(config.conditioner, cond_drop_prob=1.0)
     step_loss = DenoisingLoss(
         replace(config, conditioner=all_null),
         LatentScale([0.0], [1.0]),
         conditioner,
+        nn.Identity(),  # a stand-in has no images to encode
         torch.device("cpu"),
     )
 
@@ -75,10 +76,13 @@ def plan_denoising(config: Config) -> StepPlan:
     )
 
 
-def _conditioner(config: ConditionerConfig) -> Conditioner:
-    """Build a conditioner without weights; one that is trained prepares its true inputs."""
+def _conditioner(config: ConditionerConfig, channels: int) -> Conditioner:
+    """Build a conditioner without weights; one that is trained prepares its true inputs.
+
+    channels: of the latents.
+    """
     if not conditioner_class(config).trainable:
-        return StandIn(config)
+        return StandIn(config, channels)
     with torch.device("meta"):
         return build_conditioner(config)
 
@@ -88,15 +92,14 @@ class StandIn(Conditioner):
 
     trainable = False
 
-    def __init__(self, config: ConditionerConfig) -> None:
+    def __init__(self, config: ConditionerConfig, channels: int) -> None:
         super().__init__()
-        kind = conditioner_class(config)
-        self.shape = kind.outline(config)
+        self.shape = conditioner_class(config).outline(config)
         self.context_dim = config.width if self.shape.tokens else 0
-        self._planes = CONDITIONERS[config.kind].planes(config)
+        self._planes = CONDITIONERS[config.kind].planes(config, channels)
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         return {"rows": torch.empty(len(given.captions))}
 
     @override
@@ -121,7 +124,7 @@ def _frozen(config: Config, conditioner: Outline) -> Frozen:
     if config.data.store_text:
         return Frozen(total)
     running, flops = conditioner.parameters, conditioner.flops
-    if CONDITIONERS[config.conditioner.kind].encodes:
+    if conditioner_class(config.conditioner).images:
         side = config.data.image_size
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             first_stage.encode(torch.empty(1, config.autoencoder.in_channels, side, side))

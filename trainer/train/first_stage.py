@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data.streams.images import ImageStream
 from data.streams.stream import Batch
-from models.config import AutoencoderKind, PerceptualFeatures
+from models.config import AutoencoderKind
 from models.first_stage.autoencoder import build_autoencoder
 from models.first_stage.codebook import code_counts, codebook_use
 from models.first_stage.first_stage import Reconstruction
@@ -22,6 +22,7 @@ from models.first_stage.loss import (
     negative_log_likelihood,
 )
 from models.first_stage.memory import activation_bytes
+from models.first_stage.perceptual import perceptual_name
 from models.weights.compvis import load_first_stage
 from trainer.checkpoints.tensors import write_tensors
 from trainer.config import Config
@@ -219,11 +220,9 @@ class FirstStageTask(TrainingTask):
             self._loss.error.perceptual,
             self._loss.error.config.perceptual_features,
         )
-        is_lpips = features is PerceptualFeatures.vgg16
-        name = "lpips" if is_lpips else f"perceptual_{features}"
         return ReconstructionMetrics(
             self._extractors,
-            None if perceptual is None else (name, perceptual),
+            None if perceptual is None else (perceptual_name(features), perceptual),
             self._ranks.device,
         )
 

@@ -69,7 +69,7 @@ def test_inputs_go_through_the_conditioner_that_is_trained() -> None:
     conditioner, unet = ClassLabel(ConditionerConfig(num_classes=3, width=24)), unet_of()
     module, given = LatentDiffusion(unet, conditioner), Given(["2", None])
     expected = module(LATENTS, TIMESTEPS, conditioner.condition(given, (8, 8)))
-    inputs = conditioner.prepare(given)
+    inputs = conditioner.prepare(given, (8, 8))
     torch.testing.assert_close(module(LATENTS, TIMESTEPS, inputs), expected)
     with pytest.raises(ValueError, match="inputs need a conditioner"):
         LatentDiffusion(unet, None)(LATENTS, TIMESTEPS, inputs)

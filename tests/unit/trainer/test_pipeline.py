@@ -135,7 +135,7 @@ class Seen(Conditioner):
         self.sizes: set[Size] = set()
 
     @override
-    def prepare(self, given: Given) -> Inputs:
+    def prepare(self, given: Given, size: Size) -> Inputs:
         return {"rows": torch.zeros(len(given.captions))}
 
     @override

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from models.condition import Condition
 from models.conditioning.conditioner import Conditioner
 from models.conditioning.conditioners import build_conditioner
-from models.conditioning.degradations import degrade, enlarge
+from models.conditioning.degradations import bicubic, degrade
 from models.conditioning.given import Given
 from models.conditioning.masks import BOX_SIDE, draw_holes
 from models.conditioning.semantic_map import SemanticMap, label_colours
@@ -40,8 +40,8 @@ def as_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(numbers))
 
 
-def conditioner_of(kind: ConditionerKind, **options: object) -> Conditioner:
-    return build_conditioner(ConditionerConfig(kind=kind, **options))  # pyright: ignore
+def conditioner_of(kind: ConditionerKind, classes: int = 0, planes: int = 3) -> Conditioner:
+    return build_conditioner(ConditionerConfig(kind=kind, num_classes=classes, planes=planes))
 
 
 def planes_of(condition: Condition) -> Tensor:
@@ -52,31 +52,31 @@ def planes_of(condition: Condition) -> Tensor:
 
 def test_bicubic_small_pictures_are_those_of_pillow() -> None:
     images = pictures()
-    found = degrade(images, FACTOR, Degradation.bicubic, draws_of(0, 1, 2))
+    found = degrade(images, LATENTS, Degradation.bicubic, draws_of(0, 1, 2))
     for image, small in zip(images, found, strict=True):
         expected = as_image(image).resize((8, 8), Image.Resampling.BICUBIC)
         assert np.array_equal(np.asarray(as_image(small)), np.asarray(expected))
-    large = enlarge(found, FACTOR)
+    large = bicubic(found, (SIDE, SIDE))
     expected = as_image(found[1]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(as_image(large[1])), np.asarray(expected))
 
 
 def test_light_degradations_are_functions_of_seed_epoch_and_sample() -> None:
     images = pictures()
-    every = degrade(images, FACTOR, Degradation.bsr_light, draws_of(4, 5, 6))
-    alone = degrade(images[1:2], FACTOR, Degradation.bsr_light, draws_of(5))
+    every = degrade(images, LATENTS, Degradation.bsr_light, draws_of(4, 5, 6))
+    alone = degrade(images[1:2], LATENTS, Degradation.bsr_light, draws_of(5))
     assert torch.equal(every[1:2], alone)
-    again = degrade(images[1:2], FACTOR, Degradation.bsr_light, draws_of(5, epoch=1))
+    again = degrade(images[1:2], LATENTS, Degradation.bsr_light, draws_of(5, epoch=1))
     assert not torch.equal(alone, again)
-    plain = degrade(images, FACTOR, Degradation.bsr_light)  # nothing is random: as bicubic
-    assert torch.equal(plain, degrade(images, FACTOR, Degradation.bicubic))
+    plain = degrade(images, LATENTS, Degradation.bsr_light)  # nothing is random: as bicubic
+    assert torch.equal(plain, degrade(images, LATENTS, Degradation.bicubic))
 
 
 def test_light_degradations_are_light() -> None:
     images = F.interpolate(pictures(count=1, side=16), scale_factor=8, mode="bicubic").clamp(-1, 1)
-    images = images.expand(40, -1, -1, -1)
-    bicubic = degrade(images, FACTOR, Degradation.bicubic)
-    light = degrade(images, FACTOR, Degradation.bsr_light, draws_of(*range(40)))
+    images, size = images.expand(40, -1, -1, -1), (32, 32)
+    bicubic = degrade(images, size, Degradation.bicubic)
+    light = degrade(images, size, Degradation.bsr_light, draws_of(*range(40)))
     errors = (light - bicubic).square().mean((1, 2, 3)).sqrt() * 127.5
     assert errors.min() > 0
     assert 0.5 < errors.mean() < 10  # of 255
@@ -85,16 +85,16 @@ def test_light_degradations_are_light() -> None:
 
 def test_a_small_picture_is_its_own_condition() -> None:
     kind = ConditionerKind.super_resolution
-    conditioner, images = conditioner_of(kind, factor=FACTOR), pictures()
+    conditioner, images = conditioner_of(kind), pictures()
     made = planes_of(conditioner.condition(Given(["", None, ""], images=images), LATENTS))
-    small = degrade(images, FACTOR, Degradation.bicubic)
+    small = degrade(images, LATENTS, Degradation.bicubic)
     assert torch.equal(made[[0, 2]], small[[0, 2]])
     assert not made[1].any()
     given = planes_of(conditioner.condition(Given([""] * 3, small=small), LATENTS))
     assert torch.equal(given, small)
-    assert conditioner.picture(Given([""] * 3, small=small)).shape == images.shape
+    assert torch.equal(conditioner.picture(Given([""] * 3, small=small), LATENTS), small)
     with pytest.raises(ValueError, match=r"needs pictures: sample\.images, .* data\.store_images"):
-        conditioner.prepare(Given([""]))
+        conditioner.prepare(Given([""]), LATENTS)
 
 
 @tried(st.integers(0, 2**32), st.sampled_from([(16, 16), (16, 24), (8, 8)]))
@@ -103,7 +103,7 @@ def test_planes_of_a_map_are_those_of_the_authors_rescaler(
 ) -> None:
     """One-hot maps, halved twice by bilinear interpolation, then a 1x1 convolution."""
     torch.manual_seed(seed)
-    conditioner = conditioner_of(ConditionerKind.semantic_map, num_classes=9, planes=3)
+    conditioner = conditioner_of(ConditionerKind.semantic_map, classes=9)
     assert isinstance(conditioner, SemanticMap)
     maps = torch.randint(9, (2, size[0] * 4, size[1] * 4)).byte()
     found = planes_of(conditioner.condition(Given(["", ""], maps=maps), size))
@@ -115,13 +115,13 @@ def test_planes_of_a_map_are_those_of_the_authors_rescaler(
 
 
 def test_a_map_that_is_dropped_or_wrong() -> None:
-    conditioner = conditioner_of(ConditionerKind.semantic_map, num_classes=4, planes=2)
+    conditioner = conditioner_of(ConditionerKind.semantic_map, classes=4, planes=2)
     maps = torch.full((2, 8, 8), 3).byte()
     planes = planes_of(conditioner.condition(Given(["", None], maps=maps), (2, 2)))
     assert planes[0].any()
     assert not planes[1].any()
     with pytest.raises(ValueError, match=r"needs label maps: sample\.maps, .* data\.maps"):
-        conditioner.prepare(Given([""]))
+        conditioner.prepare(Given([""]), LATENTS)
     colours = label_colours(torch.arange(256).byte().view(1, 16, 16))
     assert len(colours.flatten(2)[0].T.unique(dim=0)) == 256
     assert -1 <= colours.min() < colours.max() <= 1
@@ -154,18 +154,17 @@ def test_holes_come_in_all_sizes() -> None:
 
 
 def test_an_image_with_a_hole_is_encoded_beside_it() -> None:
-    conditioner = conditioner_of(ConditionerKind.inpainting, planes=4)
+    conditioner = conditioner_of(ConditionerKind.inpainting)
     seen: list[Tensor] = []
 
     def encode(images: Tensor) -> Tensor:
         seen.append(images)
         return F.avg_pool2d(images, FACTOR)
 
-    conditioner.use_first_stage(encode)
     images, holes = pictures(2), torch.zeros(2, 1, SIDE, SIDE)
     holes[:, :, 8:16, 4:20] = 1
     given = Given(["", None], images=images, masks=holes)
-    planes = planes_of(conditioner.condition(given, LATENTS))
+    planes = planes_of(conditioner.condition(given, LATENTS, encode))
     assert planes.shape == (2, 4, *LATENTS)
     assert not planes[1].any()
     assert torch.equal(seen[0], torch.where(holes > 0, -torch.ones(()), images))
@@ -179,9 +178,10 @@ def test_an_image_with_a_hole_is_encoded_beside_it() -> None:
     assert np.array_equal(kept[outside], known[outside])
     drawn_holes = Given([""] * 2, images=images, draws=draws_of(1, 2))
     assert torch.equal(
-        conditioner.prepare(drawn_holes)["holes"], draw_holes(2, (SIDE, SIDE), draws_of(1, 2))
+        conditioner.prepare(drawn_holes, LATENTS)["holes"],
+        draw_holes(2, (SIDE, SIDE), draws_of(1, 2)),
     )
     with pytest.raises(
         ValueError, match=r"sample\.images and sample\.masks, .* data\.store_images"
     ):
-        conditioner.prepare(Given([""]))
+        conditioner.prepare(Given([""]), LATENTS)

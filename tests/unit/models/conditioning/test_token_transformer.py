@@ -30,7 +30,7 @@ def layout_of() -> Conditioner:
 
 
 def numbers_of(*boxes: LabelledBox) -> list[int]:
-    (numbers,) = layout_of().prepare(Given([""], boxes=[boxes]))["numbers"]
+    (numbers,) = layout_of().prepare(Given([""], boxes=[boxes]), (1, 1))["numbers"]
     return numbers.tolist()
 
 
@@ -129,7 +129,7 @@ def test_boxes_come_by_size_and_the_smallest_are_left_out() -> None:
 def test_the_null_condition_has_the_corners_of_the_image_alone() -> None:
     conditioner, box = layout_of(), ("turtle", 0.1, 0.1, 0.9, 0.9)
     given = Given(["a turtle", None, "nothing"], boxes=[[box], [box], []])
-    inputs = conditioner.prepare(given)
+    inputs = conditioner.prepare(given, (1, 1))
     assert inputs["mask"].sum(1).tolist() == [5, 2, 2]
     assert torch.equal(inputs["mask"][:, :-2], inputs["numbers"][:, :-2] != PADDING)
     condition = conditioner.condition(given, (4, 4))
@@ -147,10 +147,10 @@ def test_the_null_condition_has_the_corners_of_the_image_alone() -> None:
 def test_boxes_that_are_missing_or_unknown_are_named() -> None:
     conditioner = layout_of()
     with pytest.raises(ValueError, match=r"needs boxes: sample\.boxes, .* data\.boxes=true"):
-        conditioner.prepare(Given([""]))
+        conditioner.prepare(Given([""]), (1, 1))
     box = ("zebra", 0.0, 0.0, 1.0, 1.0)
     with pytest.raises(ValueError, match=r"'zebra' .* not in conditioner\.classes"):
-        conditioner.prepare(Given([""], boxes=[[box]]))
+        conditioner.prepare(Given([""], boxes=[[box]]), (1, 1))
 
 
 def test_classes_have_one_number_each() -> None:
@@ -165,7 +165,7 @@ def test_classes_have_one_number_each() -> None:
 def test_boxes_are_drawn_in_their_colours_with_labels_that_fit() -> None:
     conditioner = layout_of()
     boxes = [("whale", 0.0, 0.0, 0.5, 0.5), ("turtle", 0.75, 0.75, 1.0, 1.0)]
-    (picture,) = conditioner.picture(Given([""], boxes=[boxes]))
+    (picture,) = conditioner.picture(Given([""], boxes=[boxes]), (1, 1))
     assert picture.shape == (3, 256, 256)
     whale, turtle = label_colours(torch.tensor([[[2, 0]]]))[0, :, 0].T
     torch.testing.assert_close(picture[:, 0, 5], whale, atol=0.01, rtol=0)
@@ -174,9 +174,9 @@ def test_boxes_are_drawn_in_their_colours_with_labels_that_fit() -> None:
     inside = picture[:, 3:20, 3:60]  # the label
     assert (inside < 1).any()
     narrow = [("red heart", 0.0, 0.0, 0.2, 1.0)]
-    (picture,) = conditioner.picture(Given([""], boxes=[narrow]))
+    (picture,) = conditioner.picture(Given([""], boxes=[narrow]), (1, 1))
     assert (picture[:, 3:250, 3:48] == 1).all()
-    small = conditioner.picture(Given([""], torch.zeros(1, 3, 32, 48), boxes=[boxes]))
+    small = conditioner.picture(Given([""], torch.zeros(1, 3, 32, 48), boxes=[boxes]), (1, 1))
     assert small.shape == (1, 3, 32, 48)
     assert (small[0, :, 3:14, 4:20] == 1).all()  # no label fits
 

@@ -1,14 +1,16 @@
 """What a protocol depends on, and what it does not."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from models.config import ConditionerConfig, DiffusionConfig
 from tests.support.small_metric import MeanColour
 from trainer.cli import load_config
 from trainer.config.choices import Features
-from trainer.metrics.protocol import Protocol, folder_protocol, samples_protocol
+from trainer.metrics.protocol import LATER, Protocol, folder_protocol, samples_protocol
 from trainer.runtime import rng
 
 REFERENCE = {"dataset": "d" * 64, "num_samples": 38, "seed": 0}
@@ -31,6 +33,16 @@ def test_conditions_made_of_other_images_are_another_protocol() -> None:
     perceptual = "eval.perceptual_features=efficientnet_lite0"
     assert samples(perceptual, conditions="a" * 64).hash != first.hash
     assert samples(perceptual).hash == samples().hash
+
+
+def test_later_options_change_the_protocol_only_where_they_are_set() -> None:
+    defaults: dict[str, Any] = {"diffusion": DiffusionConfig(), "conditioner": ConditionerConfig()}
+    drawn: Any = samples().content["samples"]
+    for section, options in LATER.items():
+        assert options == {name: getattr(defaults[section], name) for name in options}
+        assert not options.keys() & drawn[section].keys()
+    for option in ("diffusion.latent_scale=channels", "conditioner.degradation=bsr_light"):
+        assert samples(option).hash != samples().hash
 
 
 def test_a_folder_to_measure_later_leaves_the_protocol_of_a_training_as_it_is() -> None:

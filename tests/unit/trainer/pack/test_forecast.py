@@ -25,6 +25,7 @@ from trainer.pack.forecast import forecast_shards, forecast_tars
 from trainer.pack.job import pack
 from trainer.pack.proposal import find_kind, propose
 from trainer.pack.sizes import enlargements, lost_shares, size_lines
+from trainer.precompute.job import precompute
 
 
 def config_of(folder: Path, source: SourceConfig, **pack_options: Any) -> Config:
@@ -82,6 +83,23 @@ def test_the_forecast_is_within_a_tenth_of_what_comes(make: Any, tmp_path: Path)
     print(json.dumps({"predicted": predicted, "real": real}))
     for name, value in real.items():
         assert predicted[name] == pytest.approx(value, rel=0.1)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("make", [folder_set, tar_set])
+def test_latents_are_within_a_tenth_of_the_forecast(
+    make: Any, images: bool, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, make(tmp_path / "source"))
+    config = replace(config, data=replace(config.data, store_images=images))
+    of_tars = config.data.source.kind is SourceKind.webdataset
+    found = forecast_tars(config) if of_tars else forecast_shards(config)
+    pack(config)
+    precompute(config)
+    folder = Path(config.data.latents)
+    real = sum(one.stat().st_size for one in folder.glob("*.tar*") if "receipt" not in one.name)
+    print(json.dumps({"predicted": found.latent_bytes, "real": real}))
+    assert found.latent_bytes == pytest.approx(real, rel=0.1)
 
 
 def test_a_dry_run_prints_and_writes_nothing(

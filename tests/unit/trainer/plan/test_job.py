@@ -169,9 +169,11 @@ def test_every_experiment_has_a_plan_and_a_comparison(
     # 8 samples of one GPU divide by 2, 4 and 8, and all of that fits in 80 GB
     assert {row[2] for row in rows} == {"2", "4", "8"}
     for stage, switch in product("0123", checkpointing):
-        peaks = {row[2]: float(row[3]) for row in rows if row[:2] == [stage, switch]}
-        # the micro batch of 8 accumulates no gradients, and needs no buffer for them
-        assert peaks["2"] <= peaks["4"]
+        *peaks, last = [float(row[3]) for row in rows if row[:2] == [stage, switch]]
+        assert peaks == sorted(peaks)
+        # the largest is the whole batch: it needs no buffer for accumulated gradients
+        buffer = round(4 * sum(map(torch.numel, trained)) / 2**30, 1)
+        assert last >= peaks[-1] - buffer
 
 
 def test_says_what_limits() -> None:

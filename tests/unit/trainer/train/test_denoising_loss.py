@@ -77,7 +77,8 @@ def waits(config: Config, conditioner: Conditioner, *, stored: bool = False) -> 
     batch = shapes_only(**arrays)
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_gpu(conditioner)
-        loss = DenoisingLoss(config, LatentScale([0.0] * 4, [1.0] * 4), conditioner, GPU)
+        scale, encode = LatentScale([0.0] * 4, [1.0] * 4), nn.Identity()
+        loss = DenoisingLoss(config, scale, conditioner, encode, GPU)
         trained = conditioner if conditioner.trainable else None
         model = on_gpu(LatentDiffusion(UNet2DCondition(config.unet), trained))
         use_attention(model, padded_sdpa_attention)
@@ -109,13 +110,13 @@ def test_no_loss_on_stored_text_waits_for_the_device(kind: str, tmp_path: Path) 
 def test_captions_that_are_read_in_the_loss_are_a_wait(tmp_path: Path) -> None:
     class Late(ClassLabel):
         @override
-        def prepare(self, given: Given) -> Inputs:
+        def prepare(self, given: Given, size: Size) -> Inputs:
             self.given = given
             return {}
 
         @override
         def forward(self, inputs: Inputs, size: Size) -> Condition:
-            ids = super().prepare(self.given)
+            ids = super().prepare(self.given, size)
             return super().forward({name: of_each.to(GPU) for name, of_each in ids.items()}, size)
 
     config = small("class_label", tmp_path)
