@@ -69,22 +69,17 @@ class Watchdog:
             f"rank {self._ranks.rank} of {self._ranks.world_size} on {socket.gethostname()}, "
             f"process {os.getpid()}: {phase}, step {step}, for {lasted_s:.0f} s\n"
         )
+        end = (
+            f"error: {phase} at step {step} took over {lasted_s:.0f} s: the job hangs; the stacks "
+            f"of all ranks are in {self._folder}; a longer watchdog.step_timeout_s or "
+            "watchdog.pause_timeout_s waits longer\n"
+        )
+        end = end if self._ranks.is_main else ""
         try:
-            write_stacks(self._own, head)
-            text = self._own.read_text()
+            write_stacks(self._own, head, end)
         except OSError as error:  # the disk may be full, which may be the cause of the hang
-            text = f"{head}(no stack written: {error})\n"
-        sys.stderr.write(text)
-        sys.stderr.flush()
+            _say(f"{head}(no stack written: {error})\n{end}")
         self._wait_for_others()
-        if self._ranks.is_main:
-            print(
-                f"error: {phase} at step {step} took over {lasted_s:.0f} s: the job hangs; every "
-                f"rank's stack is in {self._folder}; a longer watchdog.step_timeout_s or "
-                "watchdog.pause_timeout_s waits longer",
-                file=sys.stderr,
-                flush=True,
-            )
         os._exit(HANG_EXIT_CODE)  # an exception would not reach a main thread that hangs
 
     def _wait_for_others(self) -> None:
@@ -95,15 +90,24 @@ class Watchdog:
             time.sleep(POLL_S / 10)
 
 
-def write_stacks(path: Path, head: str) -> None:
-    """Write `head` and the stacks of the threads of this process to a file.
+def write_stacks(path: Path, head: str, end: str = "") -> None:
+    """Print `head`, the stacks of the threads of this process and `end`; then keep them in a file.
 
+    The file appears last. A rank ends as soon as it sees the files of all ranks, and the launcher
+    then ends the other ranks, who must have said everything by then. `end` is not in the file.
     The main thread comes first: of more than 100 threads faulthandler leaves out the oldest ones.
     Raises: OSError if the file cannot be written; an older file at `path` is then unchanged.
     """
-    with atomic_path(path) as part, part.open("w") as file:
-        file.write(f"{head}Main thread (most recent call last):\n")
-        frames = vars(sys)["_current_frames"]()  # public, in spite of its name
-        traceback.print_stack(frames[threading.main_thread().ident], file=file)
-        file.flush()  # faulthandler writes to the descriptor, past Python's buffer
-        faulthandler.dump_traceback(file, all_threads=True)
+    with atomic_path(path) as part:
+        with part.open("w") as file:
+            file.write(f"{head}Main thread (most recent call last):\n")
+            frames = vars(sys)["_current_frames"]()  # public, in spite of its name
+            traceback.print_stack(frames[threading.main_thread().ident], file=file)
+            file.flush()  # faulthandler writes to the descriptor, past Python's buffer
+            faulthandler.dump_traceback(file, all_threads=True)
+        _say(part.read_text() + end)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,9 +1,12 @@
 """Time limits of the phases of a run, on a clock that the tests turn, and the files of stacks."""
 
 import faulthandler
+import io
 import os
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +164,21 @@ def test_a_stack_file_names_the_rank_and_the_lines_of_its_threads(tmp_path: Path
     text = path.read_text()
     assert text.startswith("rank 0 of 1\n")
     assert 'test_watchdog.py"' in text
+
+
+def test_the_file_of_a_rank_appears_after_all_that_the_rank_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end when they see the file, and their end ends this rank too."""
+    path, said = tmp_path / "stacks" / "rank_00000.txt", io.StringIO()
+
+    def write(text: str) -> int:
+        assert not path.exists()
+        return said.write(text)
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=write, flush=lambda: None))
+    write_stacks(path, "rank 0 of 1\n", "error: the job hangs\n")
+    assert said.getvalue() == path.read_text() + "error: the job hangs\n"
 
 
 def test_the_main_thread_is_among_any_number_of_threads(tmp_path: Path) -> None:
