@@ -179,6 +179,7 @@ def _run(arguments: argparse.Namespace, target: str, ranks: int) -> int:
             raise ValueError(NO_SWEEP)
         config = to_config(tree, ranks)
         codes.append(_load(target)(config) or 0)
+        _leave_job()
 
     # before Hydra acts: it prints a config, or makes hydra.run.dir, without calling the job
     asked = arguments.hydra_help or arguments.shell_completion
@@ -222,7 +223,9 @@ def _sweep(
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
 
     _hydra(vars(arguments), job)
-    return _load(summary)(list(zip(options, found, strict=True))) or 0
+    code = _load(summary)(list(zip(options, found, strict=True))) or 0
+    _leave_job()
+    return code
 
 
 def _check(
@@ -319,6 +322,12 @@ def _load(target: str) -> Callable[[Any], int | None]:
     use_private_caches()  # before torch is imported
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def _leave_job() -> None:
+    """Leave the job of ranks. A command that has not imported torch has joined none."""
+    if ranks := sys.modules.get("trainer.runtime.ranks"):
+        ranks.leave()
 
 
 def _refuse_intruders() -> None:

@@ -176,6 +176,18 @@ def join() -> Ranks:
     return Ranks(place.rank, place.world_size, device)
 
 
+def leave() -> None:
+    """Leave the job, if this process has joined one, after its last collective.
+
+    Gloo's threads may hold tensors of a collective that has ended. Releasing these takes Python's
+    lock, and a thread that asks for it while Python ends aborts the process (SIGABRT), though all
+    work is done. This call waits for the threads. A rank that ends with an error must not call it:
+    its collectives may never end.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def choose_device(place: Place, count: int) -> torch.device:
     """Return the GPU of this rank, one of `count` that CUDA_VISIBLE_DEVICES leaves, or the CPU.
 

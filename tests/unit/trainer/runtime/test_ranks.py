@@ -1,6 +1,8 @@
 """The launcher's environment, and collectives on three ranks."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from tests.support.paths import ROOT
 from trainer.runtime.launcher import world_size
 from trainer.runtime.ranks import ALONE, Ranks, choose_device, claim_card
 from trainer.runtime.rendezvous import Place
@@ -103,3 +106,19 @@ def test_a_process_alone_agrees_with_itself() -> None:
     assert ALONE.gather(5) == ALONE.collect(5) == [5]
     assert ALONE.for_thread() is ALONE
     assert tensors["a"] == 2.0
+
+
+@pytest.mark.parametrize("words", [["run.seed=1"], ["-m", "run.seed=1,2"]])
+def test_a_command_waits_for_the_threads_of_its_collectives_before_it_ends(
+    words: list[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.support.late_collective", "+experiment=emoji"]
+    done = subprocess.run(
+        [*command, *words, f"run.dir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ended" in done.stdout
