@@ -16,6 +16,17 @@ from trainer.config import Config
 from trainer.multirun import combine
 
 
+def watch_points(
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[list[Config], list[tuple[Mapping[str, str], Config]]]:
+    """Let `a:point` and `a:summary` keep what they are given; returns both lists."""
+    points: list[Config] = []
+    summarised: list[tuple[Mapping[str, str], Config]] = []
+    opened = {"a:point": points.append, "a:summary": summarised.extend}
+    monkeypatch.setattr(cli, "_load", opened.__getitem__)
+    return points, summarised
+
+
 @pytest.mark.parametrize(
     ("words", "folders"),
     [
@@ -75,17 +86,14 @@ def test_a_sweep_that_cannot_be_followed_is_refused(
 def test_shuffled_sweeps_and_globs_run_the_points_that_they_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained: list[Config] = []
-    summarised: list[tuple[Mapping[str, str], Config]] = []
-    opened = {"a:point": trained.append, "a:sum": summarised.extend}
-    monkeypatch.setattr(cli, "_load", opened.__getitem__)
+    trained, summarised = watch_points(monkeypatch)
     order = iter([[0, 2, 1, 3], [3, 2, 1, 0]])
     monkeypatch.setattr(
         "hydra.core.override_parser.types.shuffle",
         lambda values: values.__setitem__(slice(None), [values[n] for n in next(order)]),
     )
     words = ["-m", "+experiment=emoji", f"run.dir={tmp_path}", "sampler=glob(*euler*)"]
-    sweep = {"point": "a:point", "summary": "a:sum", "has_own_folders": True}
+    sweep = {"point": "a:point", "summary": "a:summary", "has_own_folders": True}
     assert end_of(monkeypatch, *words, "run.seed=shuffle(4,5,6,7)", **sweep) == 0
     assert [config.run.seed for config in trained] == 2 * [4, 6, 5, 7]
     assert [config.sampler.name for config in trained] == 4 * ["euler"] + 4 * ["euler_ancestral"]
@@ -128,13 +136,10 @@ def test_a_launcher_that_fails_ends_the_sweep_in_one_line(
 def test_every_point_of_a_sweep_is_composed_as_hydra_runs_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured: list[Config] = []
-    summarised: list[tuple[Mapping[str, str], Config]] = []
-    opened = {"here:point": measured.append, "here:summary": summarised.extend}
-    monkeypatch.setattr(cli, "_load", opened.__getitem__)
+    measured, summarised = watch_points(monkeypatch)
     write_experiment(tmp_path)
     words = ["-m", "--config-dir", str(tmp_path), "+experiment=mine", f"run.dir={tmp_path}"]
-    sweep = {"point": "here:point", "summary": "here:summary"}
+    sweep = {"point": "a:point", "summary": "a:summary"}
     end = end_of(monkeypatch, *words, "+sampler.steps=range(2,4)", **sweep)
     assert end == "error: Could not append to config. An item is already at 'sampler.steps'."
     assert not measured
