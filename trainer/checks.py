@@ -98,6 +98,8 @@ def _explain(error: Exception) -> str:
         return f"{path} is a section and takes no value: set one of its options, such as {own}"
     if found := re.fullmatch(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         return _none_of(path, found[1], found[2].split(", "))
+    if "does not support deletion" in text:
+        return f"{path} cannot be deleted: give it a value{_requirement(path)}"
     if "not Optional" in text:
         text = "null is no value"
     elif not path or path in text:

@@ -26,6 +26,7 @@ def test_experiments_compose_and_are_named_after_their_file(experiment: str) -> 
         ("++train.bach=1", "train.bach is no option"),
         ("+trian=1", "trian is no option (did you mean train?)"),
         ("~optim.lrr", "optim.lrr is no option (did you mean optim.lr?)"),
+        ("~optim.lr", "optim.lr cannot be deleted: give it a value; it must be a number > 0"),
         ("smapler@unet=ddim", "smapler is no option (did you mean sampler?)"),
         ("optim=adam", "optim is a section and takes no value: set one of its options, such as"),
         ("optim.lr=fast", "optim.lr: Value 'fast'"),
