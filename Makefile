@@ -5,6 +5,8 @@ INSTALLED := $(VENV)/installed
 # The peers that the benchmarks run want other versions of our dependencies.
 BENCH_VENV := .venv-bench
 BENCH_INSTALLED := $(BENCH_VENV)/installed
+PEER_VENV := .venv-img2dataset
+PEER_INSTALLED := $(PEER_VENV)/installed
 BENCHMARKS := lane_plan loader precompute random_normals registering
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # What `make demo` runs; more steps train longer, another name keeps the runs apart.
@@ -52,8 +54,15 @@ $(BENCH_INSTALLED): pyproject.toml
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	touch $@
 
-bench: $(BENCH_INSTALLED)
+# img2dataset wants an older webdataset.
+$(PEER_INSTALLED):
+	$(PYTHON) -m venv $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'img2dataset>=1.47'
+	touch $@
+
+bench: $(BENCH_INSTALLED) $(PEER_INSTALLED)
 	set -e; for name in $(BENCHMARKS); do $(BENCH_VENV)/bin/python -m tests.benchmarks.$$name; done
+	$(BENCH_VENV)/bin/python -m tests.benchmarks.pack $(PEER_VENV)/bin/img2dataset
 
 gpu:
 ifdef WHEELS
