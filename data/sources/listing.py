@@ -11,9 +11,12 @@ from data.shards.annotations import NO_ANNOTATIONS, AnnotationRule
 from data.shards.codecs import IMAGE_EXTENSIONS
 from data.shards.index import OTHER_PICTURES, unread_picture
 from data.shards.manifest import Rejected
+from data.shards.tar import UNPACK
 from data.sources.caption_tables import TABLES
 from data.sources.coco import is_annotation
 from data.sources.open_images import is_box_table
+from data.sources.tars import UNPACK_SUFFIX
+from data.text import printable
 
 CONTACT_SHEET_NAME = "contact_sheet.png"
 """Picture that `trainer.pack … stats=true` writes into a data set's folder."""
@@ -30,8 +33,11 @@ WAYS = {
     "hdf5": "HDF5 is not read: write its arrays to images",
     "npy": "arrays are not read: write them to images",
     "npz": "arrays are not read: write them to images",
+} | {
+    kind: f"of tables, captions.{kind} and metadata.{kind} in data.source.path are read"
+    for kind in ("csv", "tsv", "parquet", "jsonl")
 }
-"""Extension of a container that is not read → what to do."""
+"""Extension of a file that is not read → what to do."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,6 +102,7 @@ def sort_files(
     """Add files to a listing, by their names.
 
     inner: gives the path below a root for tables. annotations: those that images need.
+    Raises: ValueError where a table of captions or annotations is compressed.
     """
     texts: list[str] = []
     beside: list[str] = []
@@ -112,6 +119,12 @@ def sort_files(
             listing.rejected.append(Rejected(key=name, reason=unread_picture(extension)))
         elif _is_table(inner(name), annotations):
             listing.inputs.append(name)
+        elif program := _compressor(inner(name), annotations):
+            shown = printable(name)
+            raise ValueError(
+                f"data.source.path: {shown} is compressed with {program}: unpack it once, "
+                f"`{UNPACK[program]} {shown}`"
+            )
         elif extension in ("txt", "json"):
             texts.append(name)
         else:
@@ -132,6 +145,12 @@ def sort_files(
 def _is_table(name: str, annotations: AnnotationRule) -> bool:
     known = name in TABLES or is_annotation(name)
     return known or (annotations.boxes and is_box_table(name))
+
+
+def _compressor(name: str, annotations: AnnotationRule) -> str:
+    """Return the program that compressed a table; empty for other files."""
+    stem, dot, suffix = name.rpartition(".")
+    return UNPACK_SUFFIX.get(dot + suffix, "") if _is_table(stem, annotations) else ""
 
 
 def _extension(path: PurePath) -> str:

@@ -170,7 +170,7 @@ def _write_shards(config: Config) -> None:
             _write_or_leave_out(data, annotations, item, split, val if in_val else train)
             before, lost = lost, sum(len(one.rejected) for one in splits.values())
             if lost > before and not allows(lost, len(source), config.pack.max_rejected):
-                _stop_early(config, splits, lost, seen, len(source))
+                _stop_early(config, source, splits, lost, seen)
     splits["data.train"].tally.merge(source.left_alone.entries())
     splits["data.train"].shards = train.shards
     if "data.val" in splits:
@@ -210,7 +210,7 @@ def _write_or_leave_out(
 
 
 def _stop_early(
-    config: Config, splits: dict[str, Split], lost: int, seen: int, found: int
+    config: Config, source: Source, splits: dict[str, Split], lost: int, seen: int
 ) -> NoReturn:
     """Raise ValueError: already more of the samples are lost than all of them may lose."""
     folders = _targets(config.data)
@@ -218,7 +218,8 @@ def _stop_early(
     for option, folder in folders.items():
         write_atomic(folder / REJECTED_NAME, encode_ledger(splits[option].rejected))
         tally.merge(splits[option].tally.entries())
-    samples = f"{lost} of {found} samples (all of them among the first {seen})"
+    tally.merge(source.left_alone.entries())
+    samples = f"{lost} of {len(source)} samples (all of them among the first {seen})"
     raise losses(tally, samples, config.pack.max_rejected, lost / seen, folders.values(), KEPT)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -21,6 +21,7 @@ from data.storage.files import local_path
 from trainer.config import Config
 from trainer.pack.forecast import look_at_tars
 from trainer.pack.sizes import Side
+from trainer.pack.summary import SHOWN
 
 SAMPLED = 256
 MANY = 3000
@@ -66,6 +67,8 @@ def propose(config: Config) -> Iterator[Line]:
     facts = _look(replace(config.data, source=replace(source, require_captions=False)))
     size, size_reason = _size(facts.sides)
     yield Line("# @package _global_")
+    for entry in facts.left_alone:
+        yield Line(f"# {entry}")
     yield Line("defaults:")
     yield from _networks(size, facts)
     yield Line("")
@@ -157,6 +160,8 @@ class _Facts:
     several: float
     """Part of the samples with several captions."""
     classes: int
+    left_alone: list[str] = field(default_factory=list[str])
+    """Files that are no samples, by reason."""
 
 
 def _look(data: DataConfig) -> _Facts:
@@ -176,6 +181,7 @@ def _look(data: DataConfig) -> _Facts:
         captioned=sum(bool(item.caption) for item in samples) / count,
         several=sum("captions" in item.metadata for item in samples) / count,
         classes=len(source.classes),
+        left_alone=[str(entry) for entry in source.left_alone.entries()[:SHOWN]],
     )
 
 

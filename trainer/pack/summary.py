@@ -89,11 +89,15 @@ def losses(
     lost: how many samples. share: a part that would have to be allowed. folders: of the ledgers.
     more: another reason.
     """
-    rejected = [entry for entry in tally.entries() if entry.fate == Fate.rejected][:SHOWN]
-    reasons = [*map(str, rejected), *([more] if more else [])]
+    # among the files left alone may be a table of captions under another name
+    shown = {
+        fate: [str(entry) for entry in tally.entries() if entry.fate == fate][:SHOWN]
+        for fate in (Fate.rejected, Fate.left_alone)
+    }
+    reasons = [*shown[Fate.rejected], *shown[Fate.left_alone], *([more] if more else [])]
     ledgers = " and ".join(str(folder / REJECTED_NAME) for folder in folders)
     return ValueError(
         f"pack.max_rejected: {lost} cannot be used, which is more than {allowed:.2%}; "
-        f"{'; '.join(reasons)}. {ledgers} has the list. Mend the source, or allow it by "
+        f"{'; '.join(reasons)}. The list is in {ledgers}. Mend the source, or allow it by "
         f"pack.max_rejected={math.ceil(share * 100) / 100}"
     )

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from data.config import SourceConfig
 from data.shards.account import Fate, total
-from data.sources.listing import list_files, own_folders
+from data.shards.tar import UNPACK
+from data.sources.caption_tables import TABLES
+from data.sources.listing import Listing, list_files, own_folders, sort_files
 from data.sources.sources import open_source
+from data.sources.tars import UNPACK_SUFFIX
 from tests.support.data_sets import data_config, png
 
 NAMES = st.builds(
@@ -50,6 +53,8 @@ def test_what_is_no_image_has_a_reason_and_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "more").symlink_to("closed")
     for name in ("scan.psd", "0.tar", "lonely.txt", "LICENCE", "._a.png", "a.png", "a.txt"):
         (tmp_path / name).write_bytes(b"x")
+    for name in ("labels.csv", "more.csv.gz"):
+        (tmp_path / name).write_bytes(b"x")
     listing = list_files(tmp_path, ())
     assert (listing.images, listing.inputs) == (["a.png"], ["a.txt"])
     reasons = {item.key: item.reason for item in listing.rejected}
@@ -61,7 +66,26 @@ def test_what_is_no_image_has_a_reason_and_a_way_out(tmp_path: Path) -> None:
         "lonely.txt": ".txt: no image of this name",
         "LICENCE": "file without an extension: no picture and no caption",
         "._a.png": "attributes that a Mac wrote",
+        "labels.csv": (
+            ".csv: of tables, captions.csv and metadata.csv in data.source.path are read"
+        ),
+        "more.csv.gz": ".gz: no picture and no caption",
     }
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([*TABLES, "captions_train2017.json"]),
+    st.sampled_from([*UNPACK_SUFFIX]),
+    st.sampled_from(["", "top/"]),
+)
+def test_a_compressed_table_is_refused_with_the_command_that_unpacks_it(
+    table: str, suffix: str, top: str
+) -> None:
+    names = [f"{top}a.png", f"{top}{table}{suffix}"]
+    with pytest.raises(ValueError, match=r"^data\.source\.path: .* unpack it once, `") as caught:
+        sort_files(names, Listing(), inner=lambda name: name.removeprefix(top))
+    assert str(caught.value).endswith(f"{UNPACK[UNPACK_SUFFIX[suffix]]} {names[1]}`")
 
 
 def test_a_closed_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

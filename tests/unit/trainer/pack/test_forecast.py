@@ -164,8 +164,10 @@ def proposed(config: Config) -> dict[str, str]:
 
 def test_a_proposal_fits_its_source_and_runs(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures")
+    (tmp_path / "pictures" / "labels.csv").write_text("file_name,text\n")
     config = config_of(tmp_path, SourceConfig(path=str(tmp_path / "pictures")))
     found = proposed(config)
+    assert found["# left alone 1"].startswith(".csv: of tables, captions.csv")
     assert (found["kind"], found["image_size"]) == ("folder", "32")
     written = tmp_path / "conf" / "experiment" / "own.yaml"
     written.parent.mkdir(parents=True)

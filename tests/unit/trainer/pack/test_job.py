@@ -243,11 +243,13 @@ def test_too_many_losses_are_an_error_unless_they_are_allowed(tmp_path: Path) ->
     data = folder_config(tmp_path, samples=20, val_share=0.0)
     for number in (3, 4):
         (tmp_path / "raw" / f"{number:02d}.txt").unlink()
+    (tmp_path / "raw" / "labels.csv").write_text("file_name,text\n03.png,three\n")
     message = r"pack\.max_rejected: 2 of 20 samples .* more than 5\.00%; rejected 2: no caption "
     with pytest.raises(ValueError, match=message + r"\(03\.png, 04\.png\)") as caught:
         run(data, max_rejected=0.05)
     assert "the next one replaces the shards that were written" in str(caught.value)
     assert "allow it by pack.max_rejected=0.4" in str(caught.value)  # 2 of the first 5
+    assert "left alone 1: .csv: of tables, captions.csv and" in str(caught.value)
     assert not (Path(data.train) / "manifest.json").exists()
     assert len((Path(data.train) / "rejected.jsonl").read_text().splitlines()) == 2
     run(data, max_rejected=0.1)
