@@ -5,6 +5,7 @@ Therefore `--help` and a misspelt option are answered before torch is imported.
 """
 
 import argparse
+import atexit
 import importlib
 import itertools
 import os
@@ -102,6 +103,10 @@ def main(
     """
     with clean_output():
         code = _main(target, about, options, shares_batch, point, summary, has_own_folders)
+    # after an error, collectives of this rank may never end; a job of ranks needs torch
+    ranks = sys.modules.get("trainer.runtime.ranks")
+    if ranks is not None and isinstance(code, int) and code != CRASH_EXIT_CODE:
+        atexit.register(ranks.leave)  # not now: DeepSpeed keeps its groups
     sys.exit(code)
 
 
@@ -179,7 +184,6 @@ def _run(arguments: argparse.Namespace, target: str, ranks: int) -> int:
             raise ValueError(NO_SWEEP)
         config = to_config(tree, ranks)
         codes.append(_load(target)(config) or 0)
-        _leave_job()
 
     # before Hydra acts: it prints a config, or makes hydra.run.dir, without calling the job
     asked = arguments.hydra_help or arguments.shell_completion
@@ -223,9 +227,7 @@ def _sweep(
                 print(f"error: {explain(error)}", file=sys.stderr, flush=True)
 
     _hydra(vars(arguments), job)
-    code = _load(summary)(list(zip(options, found, strict=True))) or 0
-    _leave_job()
-    return code
+    return _load(summary)(list(zip(options, found, strict=True))) or 0
 
 
 def _check(
@@ -322,12 +324,6 @@ def _load(target: str) -> Callable[[Any], int | None]:
     use_private_caches()  # before torch is imported
     module, function = target.split(":")
     return getattr(importlib.import_module(module), function)
-
-
-def _leave_job() -> None:
-    """Leave the job of ranks. A command that has not imported torch has joined none."""
-    if ranks := sys.modules.get("trainer.runtime.ranks"):
-        ranks.leave()
 
 
 def _refuse_intruders() -> None:

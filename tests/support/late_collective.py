@@ -18,31 +18,20 @@ from trainer.runtime.ranks import join
 
 
 class SlowEnd:
-    """An object that Python deletes when it ends, which then takes two seconds."""
+    """An object that Python deletes when it ends, which then takes three seconds."""
 
     def __del__(self, sleep: Callable[[float], None] = time.sleep) -> None:
-        sleep(2)
+        sleep(3)
 
 
 def reduce(_: Config) -> None:
     join()
     work = dist.all_reduce(torch.ones(1), async_op=True)
     assert work is not None
-    work.get_future().then(lambda _: time.sleep(1))
-    if "slow_end" not in sys.modules:
-        sys.modules["slow_end"] = cast(ModuleType, SlowEnd())
+    work.get_future().then(lambda _: time.sleep(2))
+    sys.modules["slow_end"] = cast(ModuleType, SlowEnd())
     print("ended")
 
 
-def sum_up(_: object) -> None:
-    """What a sweep does after its points."""
-
-
 if __name__ == "__main__":
-    main(
-        "tests.support.late_collective:reduce",
-        about=__doc__,
-        options="run",
-        point="tests.support.late_collective:reduce",
-        summary="tests.support.late_collective:sum_up",
-    )
+    main("tests.support.late_collective:reduce", about=__doc__, options="run")
