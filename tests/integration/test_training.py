@@ -20,7 +20,7 @@ from data.order.batches import Share
 from data.storage.lease import NAME, take
 from data.streams.images import ImageStream
 from models.first_stage.autoencoder import build_autoencoder
-from tests.support.conditions import FULL_SIZE, KINDS, with_conditions
+from tests.support.conditions import FULL_SIZE, KINDS, TOKENS, with_conditions
 from tests.support.paths import ROOT
 from tests.support.processes import Command, run_command, start
 from tests.support.workshop import Workshop, draw_pictures, losses
@@ -172,6 +172,8 @@ def test_a_tiny_version_of_every_experiment_trains_two_steps(
             "conditioner.features=penultimate",
             "unet.context_dim=128",
         ]
+    if experiment == "text_256":
+        options += TOKENS
     if experiment in KINDS:
         shop = with_conditions(workshop, tmp_path)
         options += [*KINDS[experiment], "eval.perceptual_features=efficientnet_lite0"]

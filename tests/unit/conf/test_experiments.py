@@ -41,6 +41,7 @@ def test_says_cost_and_number_with_their_source(experiment: str, name: str) -> N
         pytest.param("super_resolution_256", marks=pytest.mark.campaign),
         pytest.param("semantic_map_256", marks=pytest.mark.campaign),
         pytest.param("layout_256", marks=pytest.mark.campaign),
+        pytest.param("text_256", marks=pytest.mark.campaign),
         pytest.param("own_256", marks=pytest.mark.campaign),
         pytest.param("laion_256", marks=pytest.mark.campaign),
         pytest.param("laion_512", marks=pytest.mark.campaign),

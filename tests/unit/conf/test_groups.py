@@ -33,7 +33,7 @@ FITTING = {
     "conditioner/openclip_vit_h14": TEXT,
     "conditioner/semantic_map": ["+experiment=semantic_map_256"],
     "conditioner/super_resolution": ["+experiment=super_resolution_256"],
-    "conditioner/text_transformer": [*TEXT, "unet=text_1b", "eval.clip_score=false"],
+    "conditioner/text_transformer": ["+experiment=text_256"],
     "diffusion/edm": [*EMOJI, *NO_TERMINAL_SNR, "diffusion.prediction_type=v_prediction"],
     "diffusion/flow": [*EMOJI, *NO_TERMINAL_SNR, "diffusion.prediction_type=flow"],
     "diffusion/ldm": CLASSES,
@@ -54,7 +54,7 @@ FITTING = {
         "conditioner.width=768",
     ],
     "unet/sd2": TEXT,
-    "unet/text_1b": [*TEXT, "conditioner=text_transformer", "eval.clip_score=false"],
+    "unet/text_1b": ["+experiment=text_256"],
 }
 """The experiment that takes a file, and what else it needs; the others fit the emoji experiment."""
 
